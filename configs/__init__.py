@@ -1,0 +1,1 @@
+"""Shipped LazyConfigs; `sparse_detr.get_config(name)` loads one."""

@@ -1,0 +1,35 @@
+"""Backbones: the detectron2 module, the maps taken from it and their channels.
+
+A model config takes ``backbone``, ``in_features`` and ``neck.in_channels`` from one of these.
+"""
+
+from detectron2.config import LazyCall as L
+from detectron2.modeling.backbone import BasicStem, ResNet
+
+from sparse_detr.modeling import build_swin
+
+# torchvision's ResNet: stride in the 3x3 convolution, frozen norms, stem and res2 not trained.
+resnet50 = dict(
+    backbone=L(ResNet)(
+        stem=L(BasicStem)(in_channels=3, out_channels=64, norm="FrozenBN"),
+        stages=L(ResNet.make_default_stages)(depth=50, stride_in_1x1=False, norm="FrozenBN"),
+        out_features=["res3", "res4", "res5"],
+        freeze_at=2,
+    ),
+    in_features=["res3", "res4", "res5"],
+    in_channels=[512, 1024, 2048],
+)
+
+swin_tiny = dict(
+    backbone=L(build_swin)(
+        embed_dim=96,
+        depths=[2, 2, 6, 2],
+        num_heads=[3, 6, 12, 24],
+        window_size=7,
+        drop_path_rate=0.2,
+        out_indices=[1, 2, 3],
+        frozen_stages=2,
+    ),
+    in_features=["p1", "p2", "p3"],
+    in_channels=[192, 384, 768],
+)

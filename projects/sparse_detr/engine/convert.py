@@ -1,0 +1,200 @@
+"""Published checkpoints under this project's parameter names.
+
+Each family of checkpoints has one table of renaming rules; tensors that need more than a new name
+(split embeddings, class rows, shared heads stored several times) follow below it. Nothing is
+dropped silently: the report lists what was left out and why, what is missing and what is left over.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+# detectron2's COCO category ids in contiguous order: row k of an 80-class head is category
+# COCO_CATEGORY_IDS[k] of the 91 rows of the published heads.
+_UNUSED_COCO_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+COCO_CATEGORY_IDS = [i for i in range(1, 91) if i not in _UNUSED_COCO_IDS]
+
+Rule = tuple[str, str]
+
+# torchvision's ResNet, as the original repositories wrap it.
+_RESNET: list[Rule] = [
+    (r"^backbone\.0\.body\.conv1\.", "backbone.stem.conv1."),
+    (r"^backbone\.0\.body\.bn1\.", "backbone.stem.conv1.norm."),
+    *((rf"^backbone\.0\.body\.layer{n}\.", f"backbone.res{n + 1}.") for n in (1, 2, 3, 4)),
+    (r"^(backbone\.res\d\.\d+\.)bn(\d)\.", r"\1conv\2.norm."),
+    (r"^(backbone\.res\d\.\d+\.)downsample\.0\.", r"\1shortcut."),
+    (r"^(backbone\.res\d\.\d+\.)downsample\.1\.", r"\1shortcut.norm."),
+    (r"^backbone\.0\.(body\.)?", "backbone."),  # Swin keeps its names
+]
+
+# fundamentalvision/Deformable-DETR, kakaobrain/sparse-detr, HDETR/H-Deformable-DETR.
+_DEFORMABLE: list[Rule] = [
+    *_RESNET,
+    (r"^input_proj\.(\d+)\.0\.", r"neck.convs.\1."),
+    (r"^input_proj\.(\d+)\.1\.", r"neck.norms.\1."),
+    (r"^(transformer\.encoder\.layers\.\d+\.)self_attn\.", r"\1attention."),
+    (r"^(transformer\.encoder\.layers\.\d+\.)norm1\.", r"\1norm."),
+    (r"^(transformer\.encoder\.layers\.\d+\.)norm2\.", r"\1ffn.norm."),
+    (r"^(transformer\.decoder\.layers\.\d+\.)self_attn\.", r"\1self_attention."),
+    (r"^(transformer\.decoder\.layers\.\d+\.)cross_attn\.", r"\1cross_attention."),
+    (r"^(transformer\.decoder\.layers\.\d+\.)norm1\.", r"\1cross_norm."),
+    (r"^(transformer\.decoder\.layers\.\d+\.)norm2\.", r"\1self_norm."),
+    (r"^(transformer\.decoder\.layers\.\d+\.)norm3\.", r"\1ffn.norm."),
+    (r"^(transformer\.\w+\.layers\.\d+\.)(linear[12])\.", r"\1ffn.\2."),
+    (r"^transformer\.enc_output\.", "transformer.proposal_head.projection."),
+    (r"^transformer\.enc_output_norm\.", "transformer.proposal_head.norm."),
+    (r"^transformer\.pos_trans\.", "transformer.query_selection.position_proj."),
+    (r"^transformer\.pos_trans_norm\.", "transformer.query_selection.position_norm."),
+    (r"^transformer\.reference_points\.", "transformer.query_selection.reference_points."),
+    (r"^transformer\.enc_mask_predictor\.", "transformer.encoder.scorer."),
+]
+
+
+@dataclass
+class ConversionReport:
+    """What became of every key.
+
+    ignored maps dropped source keys to the reason; missing and unexpected are the model's unfilled
+    and the checkpoint's left-over keys after renaming; notes are for the user to read.
+    """
+
+    family: str
+    ignored: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        return not self.missing and not self.unexpected
+
+
+def detect_family(keys: Mapping[str, object]) -> str | None:
+    """The published family a checkpoint belongs to, or None if its names are not known."""
+    for name, family in FAMILIES.items():
+        if any(re.match(family.marker, key) for key in keys):
+            return name
+    return None
+
+
+def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module
+                       ) -> tuple[dict[str, Tensor], ConversionReport]:
+    """Rename and reshape a published ``state_dict`` for ``model``.
+
+    Raises:
+        ValueError: the names belong to no known family.
+    """
+    name = detect_family(state_dict)
+    if name is None:
+        raise ValueError(
+            "unknown checkpoint: its keys (e.g. "
+            f"{', '.join(list(state_dict)[:3])}) match none of {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[name]
+    report = ConversionReport(family=name)
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in state_dict.items():
+        if re.search(r"(total_ops|total_params|num_batches_tracked)$", key):
+            report.ignored[key] = "a counter"
+            continue
+        target = family.rename(key, model)
+        if target is None:
+            report.ignored[key] = "a second name of a shared head"
+            continue
+        for new_key, value in target(tensor) if callable(target) else [(target, tensor)]:
+            if new_key in renamed and not torch.equal(renamed[new_key], value):
+                raise ValueError(
+                    f"{key} and another key both become {new_key} but differ: the model shares "
+                    "what the checkpoint keeps apart (heads per layer?)"
+                )
+            renamed[new_key] = value
+    expected = model.state_dict()
+    for key in [k for k in renamed if k not in expected and re.search(family.optional, k)]:
+        report.ignored[key] = "not used by this model"
+        del renamed[key]
+    renamed = _fit_classes(renamed, expected, model, report)
+    report.missing = [k for k in expected if k not in renamed]
+    report.unexpected = [k for k in renamed if k not in expected]
+    return renamed, report
+
+
+@dataclass
+class _Family:
+    """marker: a key only this family has. optional: new names a model may lack."""
+
+    marker: str
+    rules: list[Rule]
+    special: Callable[[str, nn.Module], object] | None = None
+    optional: str = r"(?!)"
+
+    def rename(self, key: str, model: nn.Module):
+        """The new name, a function from the tensor to (name, tensor) pairs, or None to drop."""
+        if self.special is not None:
+            found = self.special(key, model)
+            if found is not NotImplemented:
+                return found
+        for pattern, replacement in self.rules:
+            key = re.sub(pattern, replacement, key)
+        return key
+
+
+def _head_name(kind: str, index: int, rest: str, model: nn.Module) -> str:
+    """Where head ``index`` of the published per-layer lists lives.
+
+    Decoder layers come first, then the proposals' head, then the encoder's auxiliary heads.
+    """
+    heads = {"class": "class_heads", "bbox": "box_heads"}[kind]
+    num_layers = model.transformer.heads.num_layers
+    if index < num_layers:
+        slot = min(index, len(model.transformer.heads.class_heads) - 1)
+        return f"transformer.heads.{heads}.{slot}.{rest}"
+    if index == num_layers:
+        return f"transformer.proposal_head.{heads[:-1]}.{rest}"
+    return f"transformer.encoder.heads.{heads}.{index - num_layers - 1}.{rest}"
+
+
+def _deformable_special(key: str, model: nn.Module):
+    if re.match(r"transformer\.(encoder|decoder)\.(class|bbox)_embed\.", key):
+        return None
+    if match := re.match(r"(class|bbox)_embed\.(\d+)\.(.*)", key):
+        return _head_name(match[1], int(match[2]), match[3], model)
+    if key == "query_embed.weight":
+        return _split_query_embed
+    return NotImplemented
+
+
+def _split_query_embed(weight: Tensor) -> list[tuple[str, Tensor]]:
+    """(Q, 2C): positions, then contents; (Q, C): contents only."""
+    prefix = "transformer.query_selection."
+    position, content = weight.chunk(2, dim=1)
+    return [(prefix + "position.weight", position), (prefix + "content.weight", content)]
+
+
+def _fit_classes(renamed: dict[str, Tensor], expected: Mapping[str, Tensor], model: nn.Module,
+                 report: ConversionReport) -> dict[str, Tensor]:
+    """Pick the rows of 91-way heads (one per COCO category id) for an 80-class model."""
+    out = dict(renamed)
+    for key, value in renamed.items():
+        if key not in expected or value.shape == expected[key].shape:
+            continue
+        if value.shape[0] in (91, 92) and expected[key].shape[0] == len(COCO_CATEGORY_IDS):
+            rows = torch.tensor(COCO_CATEGORY_IDS)
+            if "proposal_head" in key and model.transformer.proposal_head.class_agnostic:
+                rows[0] = 0  # the foreground score
+            out[key] = value[rows]
+            report.notes.append(f"{key}: {value.shape[0]} rows by category id -> {len(rows)}")
+    return out
+
+
+FAMILIES: dict[str, _Family] = {
+    "deformable": _Family(
+        marker=r"transformer\.encoder\.layers\.\d+\.self_attn\.",
+        rules=_DEFORMABLE,
+        special=_deformable_special,
+    ),
+}

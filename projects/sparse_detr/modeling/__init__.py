@@ -1,0 +1,44 @@
+"""The detectors: bases, encoder strategies and the parts they are composed of."""
+
+from .attention import MSDeformAttn
+from .backbone import build_dilated_resnet, build_swin
+from .criterion import Predictions, SetCriterion
+from .decoder import DecoderOutput, DeformableDecoder, DeformableDecoderLayer
+from .encoder import DeformableEncoderLayer, DenseEncoder, Encoder, EncoderOutput
+from .heads import DetectionHeads
+from .layers import ChannelMapper, SinePosition
+from .matcher import HungarianMatcher, Target
+from .meta_arch import DINO, DeformableDETR, SetDetector
+from .proposals import LearnedQueries, MixedQueries, ProposalHead, ProposalQueries
+from .tokens import Tokens
+from .transformer import DetectionTransformer, TransformerOutput
+
+__all__ = [
+    "DINO",
+    "ChannelMapper",
+    "DecoderOutput",
+    "DeformableDETR",
+    "DeformableDecoder",
+    "DeformableDecoderLayer",
+    "DeformableEncoderLayer",
+    "DenseEncoder",
+    "DetectionHeads",
+    "DetectionTransformer",
+    "Encoder",
+    "EncoderOutput",
+    "HungarianMatcher",
+    "LearnedQueries",
+    "MSDeformAttn",
+    "MixedQueries",
+    "Predictions",
+    "ProposalHead",
+    "ProposalQueries",
+    "SetCriterion",
+    "SetDetector",
+    "SinePosition",
+    "Target",
+    "Tokens",
+    "TransformerOutput",
+    "build_dilated_resnet",
+    "build_swin",
+]

@@ -1,0 +1,155 @@
+"""Small layers that every model shares: MLP, FFN, sine position codes, inverse sigmoid, neck."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """log(x / (1 - x)) with both terms kept above ``eps``; ``x`` outside [0, 1] is clamped.
+
+    ``eps`` is part of a model's function: 1e-5 in Deformable DETR, 1e-3 in DINO.
+    """
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in float32 if it is half or bfloat16: coordinates and losses need the digits."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def sine_code(x: Tensor, num_feats: int, temperature: float) -> Tensor:
+    """Sines and cosines of an angle at ``num_feats / 2`` frequencies, interleaved.
+
+    Attention Is All You Need, Sec. 3.5. (...,) angles in radians -> (..., num_feats).
+    """
+    index = torch.arange(0, num_feats, 2, dtype=x.dtype, device=x.device)
+    angle = x[..., None] / temperature ** (index / num_feats)  # (..., num_feats / 2)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
+
+
+def box_code(boxes: Tensor, num_feats: int, order: Sequence[int] = (0, 1, 2, 3)) -> Tensor:
+    """Sine code of each coordinate, concatenated in ``order``.
+
+    Args:
+        boxes: (..., 4) cxcywh or (..., 2) in [0, 1].
+
+    Returns:
+        (..., len(order) * num_feats).
+    """
+    codes = sine_code(boxes * (2 * math.pi), num_feats, temperature=10000.0)  # (..., 4, num_feats)
+    return torch.cat([codes[..., i, :] for i in order], dim=-1)
+
+
+class SinePosition(nn.Module):
+    """Sine code of a cell's row and column, normalised to the part that shows the image.
+
+    Rows are counted over unpadded cells, ``y <- (y + offset) / (y_last + 1e-6) * 2 pi``; columns
+    likewise. Deformable DETR and DINO's 12-epoch recipe use temperature 10000 and offset -0.5;
+    the official DINO uses 20 and 0.
+    """
+
+    def __init__(self, *, embed_dim: int, temperature: float = 10000.0, offset: float = -0.5):
+        super().__init__()
+        if embed_dim % 4:
+            raise ValueError(f"SinePosition: embed_dim={embed_dim} must be a multiple of 4")
+        self.num_feats = embed_dim // 2
+        self.temperature = temperature
+        self.offset = offset
+
+    def forward(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, H, W) bool, True on padding -> (B, H * W, embed_dim): y code, then x code.
+
+        Padding is at the right and bottom, so rows and columns are coded once each. Padded cells
+        get the code of the last row or column; nothing reads them.
+        """
+        height, width = mask.shape[1:]
+        y = self._code(mask[:, :, 0], dtype)[:, :, None].expand(-1, -1, width, -1)
+        x = self._code(mask[:, 0, :], dtype)[:, None].expand(-1, height, -1, -1)
+        return torch.cat([y, x], dim=-1).flatten(1, 2)  # (B, H * W, embed_dim)
+
+    def _code(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        count = (~mask).cumsum(1).to(dtype)  # (B, n)
+        angle = (count + self.offset) / (count[:, -1:] + 1e-6) * (2 * math.pi)
+        return sine_code(angle, self.num_feats, self.temperature)
+
+    def extra_repr(self) -> str:
+        return f"num_feats={self.num_feats}, temperature={self.temperature}, offset={self.offset}"
+
+
+class MLP(nn.Module):
+    """``num_layers`` linear layers with ReLU between them."""
+
+    def __init__(self, *, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int):
+        super().__init__()
+        dims = [input_dim] + [hidden_dim] * (num_layers - 1) + [output_dim]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims[:-1], dims[1:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class FFN(nn.Module):
+    """LayerNorm(x + W2 relu(W1 x)): the post-norm feed-forward block of a transformer layer."""
+
+    def __init__(self, *, embed_dim: int, ffn_dim: int, dropout: float = 0.0):
+        super().__init__()
+        self.linear1 = nn.Linear(embed_dim, ffn_dim)
+        self.linear2 = nn.Linear(ffn_dim, embed_dim)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))
+        return self.norm(x + self.dropout(self.linear2(hidden)))
+
+
+class ChannelMapper(nn.Module):
+    """Backbone maps to ``num_levels`` maps of ``embed_dim`` channels, each with a GroupNorm.
+
+    Deformable DETR, App. A.4 (Fig. 4): 1x1 convolutions on the backbone maps; the first extra
+    level is a 3x3 stride-2 convolution of the *last backbone map*, further ones of the extra level
+    before.
+    """
+
+    def __init__(self, *, in_channels: Sequence[int], embed_dim: int, num_levels: int,
+                 num_groups: int = 32):
+        super().__init__()
+        if num_levels < len(in_channels):
+            raise ValueError(
+                f"ChannelMapper: num_levels={num_levels} is fewer than the {len(in_channels)} "
+                "backbone maps; take fewer backbone out_features"
+            )
+        convs = [nn.Conv2d(channels, embed_dim, 1) for channels in in_channels]
+        channels = in_channels[-1]
+        for _ in range(num_levels - len(in_channels)):
+            convs.append(nn.Conv2d(channels, embed_dim, 3, stride=2, padding=1))
+            channels = embed_dim
+        self.num_inputs = len(in_channels)
+        self.convs = nn.ModuleList(convs)
+        self.norms = nn.ModuleList(nn.GroupNorm(num_groups, embed_dim) for _ in convs)
+        for conv in self.convs:
+            nn.init.xavier_uniform_(conv.weight)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """[(B, C_i, H_i, W_i)] -> [(B, embed_dim, H_l, W_l)], one per level."""
+        assert len(maps) == self.num_inputs, f"{len(maps)} maps, expected {self.num_inputs}"
+        levels = []
+        for level, (conv, norm) in enumerate(zip(self.convs, self.norms)):
+            if level < self.num_inputs:
+                source = maps[level]
+            elif level == self.num_inputs:
+                source = maps[-1]
+            else:
+                source = levels[-1]
+            levels.append(norm(conv(source)))
+        return levels

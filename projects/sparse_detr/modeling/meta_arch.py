@@ -1,0 +1,155 @@
+"""The detectron2 meta-architecture: images to losses in training, to Instances in inference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.modeling import META_ARCH_REGISTRY, detector_postprocess
+from detectron2.structures import ImageList
+from detectron2.utils.events import get_event_storage, has_event_storage
+from torch import Tensor, nn
+
+from .boxes import xyxy_to_cxcywh
+from .criterion import SetCriterion
+from .layers import ChannelMapper
+from .matcher import Target
+from .postprocess import detections
+from .transformer import DetectionTransformer, TransformerOutput
+
+
+class SetDetector(nn.Module):
+    """A DETR-type detector: backbone, neck, transformer, set criterion.
+
+    Args:
+        backbone: detectron2 backbone; its outputs ``in_features`` go to the neck, finest first.
+        pixel_mean, pixel_std: of the channels as the data mapper delivers them.
+        input_format: "RGB" or "BGR"; what the mapper delivers, used by predictors and drawings.
+        num_classes: classes of the data set, contiguous from 0; no background class.
+        max_detections: detections per image.
+    """
+
+    def __init__(self, *, backbone: nn.Module, in_features: Sequence[str], neck: ChannelMapper,
+                 transformer: DetectionTransformer, criterion: SetCriterion, num_classes: int,
+                 pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
+                 pixel_std: Sequence[float] = (58.395, 57.12, 57.375), input_format: str = "RGB",
+                 max_detections: int = 100):
+        super().__init__()
+        if transformer.heads.num_classes != num_classes:
+            raise ValueError(
+                f"model.num_classes={num_classes} but the heads have "
+                f"{transformer.heads.num_classes} classes: let them refer to ${{model.num_classes}}"
+            )
+        self.backbone = backbone
+        self.in_features = list(in_features)
+        self.neck = neck
+        self.transformer = transformer
+        self.criterion = criterion
+        self.num_classes = num_classes
+        self.input_format = input_format
+        self.max_detections = max_detections
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+        """detectron2's protocol.
+
+        Args:
+            batched_inputs: per image a dict with ``image`` (3, H, W), 0..255, and in training
+                ``instances`` with ``gt_boxes`` (xyxy pixels) and ``gt_classes``; in inference
+                optionally ``height`` and ``width`` of the output.
+
+        Returns:
+            In training, a dict of weighted losses. In inference, a list of
+            ``{"instances": Instances}`` with ``pred_boxes`` in output pixels, ``scores`` and
+            ``pred_classes``.
+        """
+        images = self.preprocess(batched_inputs)
+        if self.training:
+            targets = self.targets(batched_inputs)
+            output = self.detect(images, targets)
+            return self.losses(output, targets)
+        output = self.detect(images)
+        results = detections(output.logits, output.boxes, images.image_sizes, self.max_detections)
+        return [
+            {"instances": detector_postprocess(
+                result, entry.get("height", size[0]), entry.get("width", size[1])
+            )}
+            for result, entry, size in zip(results, batched_inputs, images.image_sizes)
+        ]
+
+    def preprocess(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalise, then pad with zeros at the right and bottom to the largest of the batch.
+
+        The padding is not rounded up to the backbone's stride: it would change masks and valid
+        ratios and with them the published models' function.
+        """
+        images = [
+            (x["image"].to(self.device, self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
+            for x in batched_inputs
+        ]
+        return ImageList.from_tensors(images)
+
+    def detect(self, images: ImageList, targets: list[Target] | None = None) -> TransformerOutput:
+        """Everything between the normalised batch and the predictions."""
+        features = self.backbone(images.tensor)
+        return self.decode([features[name] for name in self.in_features], images.image_sizes,
+                           tuple(images.tensor.shape[-2:]), targets)
+
+    def decode(self, features: Sequence[Tensor], image_sizes: Sequence[tuple[int, int]],
+               padded_size: tuple[int, int], targets: list[Target] | None = None
+               ) -> TransformerOutput:
+        """``detect`` from the backbone's maps (B, C_i, H_i, W_i) on."""
+        maps = self.neck(features)
+        mask = features[0].new_ones((len(image_sizes), *padded_size))
+        for image, (height, width) in enumerate(image_sizes):
+            mask[image, :height, :width] = 0
+        masks = [F.interpolate(mask[None], size=m.shape[-2:])[0].bool() for m in maps]
+        has_padding = any(tuple(size) != tuple(padded_size) for size in image_sizes)
+        return self.transformer(maps, masks, has_padding, targets)
+
+    def targets(self, batched_inputs: list[dict]) -> list[Target]:
+        """Objects of each image, boxes relative to the unpadded network input."""
+        targets = []
+        for entry in batched_inputs:
+            if "instances" not in entry:
+                raise ValueError(
+                    "training needs annotations: the data mapper delivered no 'instances' for "
+                    f"{entry.get('file_name', 'an image')}"
+                )
+            instances = entry["instances"].to(self.device)
+            height, width = instances.image_size
+            scale = self.pixel_mean.new_tensor([width, height, width, height])
+            boxes = instances.gt_boxes.tensor.to(self.pixel_mean.dtype) / scale
+            targets.append(
+                Target(instances.gt_classes, xyxy_to_cxcywh(boxes), (height, width))
+            )
+        return targets
+
+    def losses(self, output: TransformerOutput, targets: list[Target]) -> dict[str, Tensor]:
+        """Weighted losses of the criterion and of the encoder strategy."""
+        losses = self.criterion(self.transformer.predictions(output), targets)
+        encoder = self.transformer.encoder
+        losses.update(encoder.losses(output.encoded, output.decoded, output.tokens, targets))
+        if has_event_storage():
+            for name, value in encoder.metrics(output.encoded).items():
+                get_event_storage().put_scalar(name, value)
+        return losses
+
+
+class DeformableDETR(SetDetector):
+    """Deformable DETR (Zhu et al., ICLR 2021) and what configs compose on it."""
+
+
+class DINO(SetDetector):
+    """DINO (Zhang et al., ICLR 2023) and what configs compose on it."""
+
+
+for _detector in (DeformableDETR, DINO):
+    if _detector.__name__ not in META_ARCH_REGISTRY:
+        META_ARCH_REGISTRY.register(_detector)

@@ -1,0 +1,228 @@
+"""Two-stage proposals and the ways to turn them into decoder queries.
+
+Every token proposes a box around its cell; a head refines and scores the proposals, and the best
+become the decoder's queries (Deformable DETR, Sec. 4.2 "Two-Stage" and App. A.4). The head's
+projection is also what encoder strategies score tokens with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .heads import BoxHead, ClassHead
+from .layers import at_least_float32, box_code
+from .matcher import Matches
+from .tokens import Tokens, cell_centres, gather_tokens, valid_sizes
+
+BASE_SIZE = 0.05  # side of level 0's proposals, relative to the image; doubles per level
+BORDER = 0.01  # proposals must lie in (BORDER, 1 - BORDER) in all four coordinates
+
+
+@dataclass
+class QueryGroup:
+    """A run of decoder queries whose predictions are assigned to objects in one way.
+
+    ``suffix`` names the group's losses; the group without one is the detector's output. The other
+    fields are those of ``criterion.Predictions``.
+    """
+
+    size: int
+    suffix: str = ""
+    repeat: int = 1
+    matches: Matches | None = None
+    normalizer: float = 1.0
+    weight: float = 1.0
+
+
+@dataclass
+class Queries:
+    """The decoder's input.
+
+    content: (B, Q, C).
+    position: (B, Q, C), or None where the decoder derives it from the reference in every layer.
+    reference: (B, Q, 2) points or (B, Q, 4) cxcywh boxes, in [0, 1] of the unpadded image.
+    groups: how the Q queries divide, in order.
+    attn_mask: (Q, Q) bool, True where the query of a row must not see that of a column, or None.
+    """
+
+    content: Tensor
+    position: Tensor | None
+    reference: Tensor
+    groups: list[QueryGroup]
+    attn_mask: Tensor | None = None
+
+
+@dataclass
+class Proposals:
+    """Scored proposals, all tokens' or only the selected ones'.
+
+    logits: (B, N or Q, num_classes).
+    boxes: (B, N or Q, 4) cxcywh in [0, 1] of the unpadded image.
+    selected: (B, Q) int64, the tokens that became queries, best first.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    selected: Tensor
+
+
+def proposal_logits(tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Each token's box before the head: its cell's centre and ``0.05 * 2^l`` as width and height.
+
+    Returns:
+        (B, N, 4) cxcywh in logit space, +inf on padding and where a coordinate leaves
+        (0.01, 0.99); and (B, N) bool, True at those tokens.
+    """
+    masks = [m.unflatten(1, shape) for m, shape in zip(tokens.split_levels(tokens.mask),
+                                                        tokens.shapes)]
+    sizes = valid_sizes(masks).to(tokens.reference_points.dtype)  # (B, L, 2)
+    boxes = []
+    for level, centres in enumerate(cell_centres(tokens.shapes, sizes)):
+        centre = centres / sizes[:, None, level]  # (B, H_l * W_l, 2)
+        boxes.append(torch.cat([centre, torch.full_like(centre, BASE_SIZE * 2**level)], dim=-1))
+    box = torch.cat(boxes, dim=1)  # (B, N, 4)
+    invalid = ~((box > BORDER) & (box < 1 - BORDER)).all(-1) | tokens.mask
+    return torch.log(box / (1 - box)).masked_fill(invalid[..., None], float("inf")), invalid
+
+
+class ProposalHead(nn.Module):
+    """Projection, class head and box head of the two-stage model.
+
+    Args:
+        class_agnostic: the score is channel 0 (Deformable DETR trains it as foreground); otherwise
+            the best class.
+    """
+
+    def __init__(self, *, embed_dim: int = 256, num_classes: int, class_agnostic: bool = False):
+        super().__init__()
+        self.class_agnostic = class_agnostic
+        self.projection = nn.Linear(embed_dim, embed_dim)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.class_head = ClassHead(embed_dim=embed_dim, num_classes=num_classes)
+        self.box_head = BoxHead(embed_dim=embed_dim)
+
+    def project(self, x: Tensor, invalid: Tensor) -> Tensor:
+        """LayerNorm(Linear(x)) with ``invalid`` (B, N) rows of ``x`` (B, N, C) zeroed first."""
+        return self.norm(self.projection(x.masked_fill(invalid[..., None], 0.0)))
+
+    def score(self, logits: Tensor) -> Tensor:
+        """(B, N, num_classes) -> (B, N), the ranking of the proposals."""
+        return logits[..., 0] if self.class_agnostic else logits.amax(-1)
+
+    def refine(self, x: Tensor, proposals: Tensor) -> Tensor:
+        """(B, K, C) projected tokens and (B, K, 4) proposals -> (B, K, 4) boxes in logit space."""
+        return at_least_float32(self.box_head(x)) + proposals
+
+
+class QuerySelection(nn.Module):
+    """Turns the encoder's memory into decoder queries; ``two_stage`` ones use a proposal head."""
+
+    two_stage = True
+
+    def __init__(self, *, num_queries: int):
+        super().__init__()
+        self.num_queries = num_queries
+
+    def select(self, scores: Tensor) -> Tensor:
+        """(B, N) -> (B, Q) best tokens; Q shrinks to N on images with fewer tokens than queries."""
+        return scores.topk(min(self.num_queries, scores.shape[1]), dim=1).indices
+
+
+class LearnedQueries(QuerySelection):
+    """Learned contents and positions; the reference point is read off the position.
+
+    Deformable DETR, Sec. 4.1 "Deformable Transformer Decoder" (single stage).
+    """
+
+    two_stage = False
+
+    def __init__(self, *, embed_dim: int = 256, num_queries: int = 300):
+        super().__init__(num_queries=num_queries)
+        self.position = nn.Embedding(num_queries, embed_dim)
+        self.content = nn.Embedding(num_queries, embed_dim)
+        self.reference_points = nn.Linear(embed_dim, 2)
+
+    def init_weights(self) -> None:
+        nn.init.normal_(self.position.weight)
+        nn.init.normal_(self.content.weight)
+        nn.init.xavier_uniform_(self.reference_points.weight)
+        nn.init.zeros_(self.reference_points.bias)
+
+    def forward(self, memory: Tensor, tokens: Tokens,
+                head: ProposalHead | None = None) -> tuple[Queries, None]:
+        batch = memory.shape[0]
+        position = self.position.weight.expand(batch, -1, -1)  # (B, Q, C)
+        content = self.content.weight.expand(batch, -1, -1)  # (B, Q, C)
+        reference = at_least_float32(self.reference_points(position)).sigmoid()
+        return Queries(content, position, reference, [QueryGroup(self.num_queries)]), None
+
+
+class ProposalQueries(QuerySelection):
+    """The best proposals become references; contents and positions are coded from their boxes.
+
+    Deformable DETR, Sec. 4.2. With ``content_from_memory`` the contents are the chosen tokens
+    themselves, with gradient (Efficient DETR's initialisation, Sparse DETR, App. A.3 "top-k").
+    """
+
+    def __init__(self, *, embed_dim: int = 256, num_queries: int = 300,
+                 content_from_memory: bool = False):
+        super().__init__(num_queries=num_queries)
+        if embed_dim % 4:
+            raise ValueError(f"ProposalQueries: embed_dim={embed_dim} must be a multiple of 4")
+        self.content_from_memory = content_from_memory
+        self.num_feats = embed_dim // 2
+        outputs = embed_dim if content_from_memory else 2 * embed_dim
+        self.position_proj = nn.Linear(2 * embed_dim, outputs)
+        self.position_norm = nn.LayerNorm(outputs)
+
+    def forward(self, memory: Tensor, tokens: Tokens,
+                head: ProposalHead) -> tuple[Queries, Proposals]:
+        proposals, invalid = proposal_logits(tokens)
+        projected = head.project(memory, invalid)
+        logits = head.class_head(projected)  # (B, N, num_classes)
+        boxes = head.refine(projected, proposals)  # (B, N, 4)
+        selected = self.select(head.score(logits))  # (B, Q)
+
+        reference = gather_tokens(boxes, selected).detach().sigmoid()
+        code = box_code(reference, self.num_feats)  # (B, Q, 2 * C)
+        position = self.position_norm(self.position_proj(code.to(memory.dtype)))
+        if self.content_from_memory:
+            content = gather_tokens(memory, selected)
+        else:
+            position, content = position.chunk(2, dim=-1)
+        queries = Queries(content, position, reference, [QueryGroup(selected.shape[1])])
+        return queries, Proposals(logits, boxes.sigmoid(), selected)
+
+
+class MixedQueries(QuerySelection):
+    """References from the best proposals, contents learned: DINO, Sec. 3.4 (mixed selection).
+
+    Args:
+        learned_content: False takes the chosen projected tokens, detached, as contents instead.
+    """
+
+    def __init__(self, *, embed_dim: int = 256, num_queries: int = 900,
+                 learned_content: bool = True):
+        super().__init__(num_queries=num_queries)
+        self.content = nn.Embedding(num_queries, embed_dim) if learned_content else None
+
+    def forward(self, memory: Tensor, tokens: Tokens,
+                head: ProposalHead) -> tuple[Queries, Proposals]:
+        proposals, invalid = proposal_logits(tokens)
+        projected = head.project(memory, invalid)
+        scores = head.score(head.class_head(projected))
+        selected = self.select(scores)  # (B, Q)
+
+        # The heads act on tokens one by one: refine and classify only the chosen ones.
+        chosen = gather_tokens(projected, selected)  # (B, Q, C)
+        boxes = head.refine(chosen, gather_tokens(proposals, selected)).sigmoid()
+        logits = head.class_head(chosen)
+        if self.content is None:
+            content = chosen.detach()
+        else:
+            content = self.content.weight[: selected.shape[1]].expand(memory.shape[0], -1, -1)
+        queries = Queries(content, None, boxes.detach(), [QueryGroup(selected.shape[1])])
+        return queries, Proposals(logits, boxes, selected)

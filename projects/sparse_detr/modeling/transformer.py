@@ -1,0 +1,162 @@
+"""From feature maps to predictions: tokens, encoder, query selection, decoder.
+
+The encoder, the query selection and the decoder are built by the config; nothing here depends on
+which paper they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .criterion import Predictions
+from .decoder import DecoderOutput, DeformableDecoder
+from .encoder import Encoder, EncoderOutput
+from .heads import DetectionHeads
+from .layers import SinePosition
+from .matcher import Target
+from .proposals import ProposalHead, Proposals, QueryGroup, QuerySelection
+from .tokens import Tokens, encoder_reference_points, flatten_levels, valid_sizes
+
+
+@dataclass
+class TransformerOutput:
+    """Everything one forward pass computed.
+
+    logits: (B, Q, num_classes) and boxes: (B, Q, 4) cxcywh in [0, 1] of the unpadded image, of
+    the last decoder layer's detection queries. ``proposals`` is None for single-stage models.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    tokens: Tokens
+    encoded: EncoderOutput
+    proposals: Proposals | None
+    decoded: DecoderOutput
+    groups: list[QueryGroup]
+
+
+class DetectionTransformer(nn.Module):
+    """Base x encoder strategy.
+
+    Args:
+        proposal_head: two-stage head; needed by two-stage query selection and by strategies that
+            score tokens with it.
+        share_proposal_heads: the proposals use the decoder's class and box head (two-stage models
+            without per-layer heads).
+        denoising: makes denoising queries in training (DINO), or None.
+    """
+
+    def __init__(self, *, encoder: Encoder, decoder: DeformableDecoder, heads: DetectionHeads,
+                 query_selection: QuerySelection, proposal_head: ProposalHead | None = None,
+                 share_proposal_heads: bool = False, position: SinePosition,
+                 denoising: nn.Module | None = None, embed_dim: int = 256, num_levels: int = 4):
+        super().__init__()
+        if proposal_head is None:
+            for part in (query_selection, encoder):
+                if getattr(part, "two_stage", False) or getattr(part, "needs_proposal_head", False):
+                    raise ValueError(
+                        f"{type(part).__name__} needs a two-stage head: "
+                        "set model.transformer.proposal_head"
+                    )
+        if query_selection.two_stage and not decoder.refine:
+            if not share_proposal_heads:
+                raise ValueError(
+                    "a two-stage model whose decoder has refine=False shares one pair of heads: "
+                    "set model.transformer.share_proposal_heads=True and heads.share=True"
+                )
+        self.position = position
+        self.level_embed = nn.Parameter(torch.empty(num_levels, embed_dim))
+        self.encoder = encoder
+        self.query_selection = query_selection
+        self.proposal_head = proposal_head
+        self.decoder = decoder
+        self.heads = heads
+        self.denoising = denoising
+        if share_proposal_heads:
+            proposal_head.class_head = heads.class_heads[0]
+            proposal_head.box_head = heads.box_heads[0]
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Xavier for every matrix, then what each module prescribes for itself."""
+        for part in (self.encoder, self.query_selection, self.proposal_head, self.decoder):
+            for parameter in part.parameters() if part is not None else ():
+                if parameter.dim() > 1:
+                    nn.init.xavier_uniform_(parameter)
+        nn.init.normal_(self.level_embed)
+        for module in self.modules():
+            if module is not self and hasattr(module, "init_weights"):
+                module.init_weights()
+
+    def forward(self, maps: Sequence[Tensor], masks: Sequence[Tensor], has_padding: bool = True,
+                targets: Sequence[Target] | None = None) -> TransformerOutput:
+        """Detect objects in projected feature maps.
+
+        Args:
+            maps: per level (B, C, H_l, W_l).
+            masks: per level (B, H_l, W_l) bool, True on padding.
+            has_padding: False promises that no mask holds True.
+            targets: objects of each image, needed for denoising in training.
+        """
+        tokens = self.tokenize(maps, masks, has_padding)
+        encoded = self.encoder(tokens, self.proposal_head)
+        queries, proposals = self.query_selection(encoded.memory, tokens, self.proposal_head)
+        if self.denoising is not None and self.training:
+            assert targets is not None, "training with denoising needs targets"
+            queries = self.denoising(queries, targets)
+        decoded = self.decoder(
+            queries, encoded.memory, tokens, self.heads,
+            record=self.training and self.encoder.needs_decoder_samples,
+        )
+        detected = _slices(queries.groups)[[g.suffix for g in queries.groups].index("")]
+        return TransformerOutput(
+            logits=decoded.logits[-1][:, detected], boxes=decoded.boxes[-1][:, detected],
+            tokens=tokens, encoded=encoded, proposals=proposals, decoded=decoded,
+            groups=queries.groups,
+        )
+
+    def tokenize(self, maps: Sequence[Tensor], masks: Sequence[Tensor],
+                 has_padding: bool = True) -> Tokens:
+        """Flatten maps (B, C, H_l, W_l) and masks (B, H_l, W_l), finest level first."""
+        shapes = tuple(tuple(m.shape[-2:]) for m in maps)
+        features = flatten_levels(maps)
+        dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+        position = torch.cat(
+            [self.position(m, dtype) + e for m, e in zip(masks, self.level_embed)], dim=1
+        )
+        cells = torch.tensor([(w, h) for h, w in shapes], dtype=dtype, device=features.device)
+        valid_ratios = valid_sizes(masks).to(dtype) / cells  # (B, L, 2)
+        return Tokens(
+            features=features, position=position, mask=flatten_levels(masks), shapes=shapes,
+            valid_ratios=valid_ratios, has_padding=has_padding,
+            reference_points=encoder_reference_points(shapes, valid_ratios),
+        )
+
+    def predictions(self, output: TransformerOutput) -> list[Predictions]:
+        """All prediction sets of a training step: decoder layers, proposals, encoder."""
+        sets = []
+        last = len(output.decoded.logits) - 1
+        for group, part in zip(output.groups, _slices(output.groups)):
+            for layer in [last, *range(last)]:
+                sets.append(Predictions(
+                    output.decoded.logits[layer][:, part], output.decoded.boxes[layer][:, part],
+                    suffix=group.suffix + ("" if layer == last else f"_{layer}"),
+                    repeat=group.repeat, matches=group.matches, normalizer=group.normalizer,
+                    weight=group.weight,
+                ))
+        if output.proposals is not None:
+            sets.append(Predictions(
+                output.proposals.logits, output.proposals.boxes, suffix="_enc",
+                class_agnostic=self.proposal_head.class_agnostic,
+            ))
+        return sets + output.encoded.predictions
+
+
+def _slices(groups: Sequence[QueryGroup]) -> list[slice]:
+    """Where each group lies on the query axis."""
+    ends = torch.tensor([g.size for g in groups]).cumsum(0).tolist()
+    return [slice(end - g.size, end) for g, end in zip(groups, ends)]

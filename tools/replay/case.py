@@ -1,0 +1,184 @@
+"""A parity case: its weights and inputs, drawn by name, and the comparison with its arrays.
+
+A case is ``<name>.json`` (configuration, parameter names and shapes, how inputs are drawn, what each
+array means, noise floors) beside ``<name>.npz`` (what the published code computed).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import recipe
+
+FLOAT64_TOLERANCE = 1e-5  # relative to max(1, |value|)
+FLOAT32_FLOORS = 20  # float32 may be this many noise floors away
+_DRAW = re.compile(r"\b(normal|uniform)\(\s*'([^']+)'\s*,\s*\(([^)]*)\)([^)]*)\)")
+_CHANGE = re.compile(r"components (\d+): become ([\d.]+)\+([\d.]+)\*u")
+
+
+@dataclass
+class Check:
+    """One array: its error in units of max(1, |value|), or whether a decision is equal."""
+
+    name: str
+    error: float
+    tolerance: float
+    decision: bool = False
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance  # NaN fails
+
+
+@dataclass
+class Case:
+    """A case on disk and the checks made against it so far."""
+
+    path: Path
+    dtype: torch.dtype
+    meta: dict
+    arrays: dict[str, np.ndarray]
+    checks: list[Check] = field(default_factory=list)
+    accounted: set[str] = field(default_factory=set)
+
+    @classmethod
+    def load(cls, path: Path, dtype: torch.dtype = torch.float64) -> Case:
+        meta = json.loads(path.read_text())
+        npz = path.with_suffix(".npz")
+        with np.load(npz) as arrays:
+            return cls(path, dtype, meta, {k: arrays[k] for k in arrays.files})
+
+    @property
+    def name(self) -> str:
+        return self.meta["case"]
+
+    @property
+    def config(self) -> dict:
+        return self.meta["config"]
+
+    @property
+    def exact(self) -> bool:
+        """Whether this is a float64 replay."""
+        return self.dtype == torch.float64
+
+    # Inputs -------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The published parameters, drawn by name, as leaves; aliases are the same tensor."""
+        shapes, aliases = self.meta["state_dict"], self.meta.get("aliases") or {}
+        state = {}
+        for name, shape in shapes.items():
+            if isinstance(aliases, dict) and name in aliases:
+                continue
+            state[name] = self.tensor(recipe.fill(name, shape, self.meta["seed"]))
+            if state[name].is_floating_point():
+                state[name].requires_grad_()
+        for alias, name in aliases.items() if isinstance(aliases, dict) else ():
+            state[alias] = state[name]
+        return state
+
+    def drawn(self, key: str, number: int = 0) -> Tensor:
+        """The input ``key``, drawn as its description in the case says."""
+        draws = _DRAW.findall(self.meta["inputs"][key])
+        if not draws:
+            raise ValueError(f"{self.name}: input {key!r} does not say how it is drawn")
+        kind, name, shape, rest = draws[number]
+        shape = self._shape(shape)
+        if kind == "normal":
+            return self.tensor(recipe.normal(name, shape, self.meta["seed"]))
+        bounds = [float(x) for x in re.findall(r"-?\d+(?:\.\d+)?", rest)] or [0.0, 1.0]
+        drawn = recipe.uniform(name, shape, *bounds[:2], seed=self.meta["seed"])
+        if change := _CHANGE.search(self.meta["inputs"][key]):
+            first, shift, scale = int(change[1]), np.float32(change[2]), np.float32(change[3])
+            drawn[..., first:] = shift + scale * drawn[..., first:]
+        return self.tensor(drawn)
+
+    def drawn_like(self, key: str, like: Tensor) -> Tensor:
+        """A standard-normal input whose description leaves the shape to ``like``."""
+        name = re.search(r"normal\('([^']+)'", self.meta["inputs"][key])[1]
+        return self.tensor(recipe.normal(name, tuple(like.shape), self.meta["seed"]))
+
+    def _shape(self, text: str) -> tuple[int, ...]:
+        return tuple(int(x) for x in text.split(",") if x.strip())
+
+    def array(self, name: str) -> Tensor:
+        """A stored array that is an input."""
+        self.accounted.add(name)
+        return self.tensor(self.arrays[name])
+
+    def tensor(self, value: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(np.array(value))
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    # Comparison ---------------------------------------------------------------------------------
+
+    def compare(self, name: str, value, expected=None, floor: str | None = None) -> None:
+        """Check ``value`` against the stored array ``name``; integers and booleans must be equal.
+
+        ``expected`` replaces the stored array (a part of it); ``floor`` names its noise floor.
+        """
+        self.accounted.add(name)
+        if expected is None:
+            expected = self.arrays[name]
+        value = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        expected = np.asarray(expected)
+        if value.shape != expected.shape:
+            raise ValueError(f"{name}: shape {value.shape}, expected {expected.shape}")
+        if expected.dtype.kind in "biu":
+            self.decide(name, bool(np.array_equal(value, expected)))
+            return
+        wanted = expected.astype(np.float64)
+        error = np.abs(value.astype(np.float64) - wanted)
+        if self.exact:
+            error, tolerance = error / np.maximum(1.0, np.abs(wanted)), FLOAT64_TOLERANCE
+        else:
+            tolerance = FLOAT32_FLOORS * max(
+                self.meta["noise_floor"].get(floor or name, 0.0),
+                float(np.finfo(np.float32).eps) * max(1.0, float(np.abs(wanted).max(initial=0))),
+            )
+        self.checks.append(Check(name, float(error.max(initial=0.0)), tolerance))
+
+    def decide(self, name: str, equal: bool) -> None:
+        """Record a decision (a ranking, a match, a count) that must be equal."""
+        self.accounted.add(name)
+        self.checks.append(Check(name, 0.0 if equal else float("inf"), 0.0, decision=True))
+
+    def skip(self, *names: str) -> None:
+        """Arrays that are inputs, or are declared informative by the case."""
+        self.accounted.update(names)
+
+    @property
+    def unchecked(self) -> list[str]:
+        informative = self.meta.get("informative_only", {})
+        patterns = [re.escape(p).replace(r"\*", ".*") for p in informative]
+        return [
+            name for name in self.arrays
+            if name not in self.accounted and not any(re.fullmatch(p, name) for p in patterns)
+        ]
+
+
+class Replay(nn.Module):
+    """Runs ``body(model)`` with given tensors in place of a model's parameters and buffers.
+
+    The tensors may be functions of others (of published parameters, through the converter), so
+    gradients arrive there, under the published names.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, body):
+        return body(self.model)
+
+    def run(self, state: dict[str, Tensor], body):
+        tensors = {f"model.{name}": value for name, value in state.items()}
+        # A tensor must replace every buffer and parameter it is meant for, and nothing else.
+        return torch.func.functional_call(self, tensors, (body,), strict=False)

@@ -1,0 +1,275 @@
+"""Replays of Deformable DETR and Sparse DETR: whole models, from images or from feature maps."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
+from detectron2.structures import ImageList
+from torch import Tensor
+
+from sparse_detr.config import get_config
+from sparse_detr.engine.convert import convert_state_dict
+from sparse_detr.modeling import build_dilated_resnet
+from sparse_detr.modeling.matcher import Target
+from sparse_detr.modeling.postprocess import top_detections
+
+from .case import Case, Replay
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Logged by the published code, not part of the function.
+LOGGED = ("class_error", "cardinality_error")
+
+
+def build_model(config: dict, num_classes: int, backbone_channels: list[int] | None = None):
+    """The model that the published command line ``config`` describes."""
+    two_stage, refine = config["two_stage"], config["with_box_refine"]
+    name = "deformable_detr_two_stage" if two_stage else "deformable_detr"
+    model = get_config(f"models/{name}.py").model
+    model.num_classes = num_classes
+    transformer = model.transformer
+    transformer.embed_dim = config["hidden_dim"]
+    transformer.num_levels = levels = config["num_feature_levels"]
+    for layer, attention, points in (
+        (transformer.encoder.layer, "attention", "enc_n_points"),
+        (transformer.decoder.layer, "cross_attention", "dec_n_points"),
+    ):
+        layer.ffn_dim = config["dim_feedforward"]
+        layer.dropout = config["dropout"]
+        layer[attention].num_heads = config["nheads"]
+        layer[attention].num_points = config[points]
+    transformer.decoder.layer.num_heads = config["nheads"]
+    transformer.encoder.num_layers = config["enc_layers"]
+    transformer.decoder.num_layers = config["dec_layers"]
+    transformer.decoder.refine = refine or two_stage
+    transformer.heads.share = not refine
+    transformer.query_selection.num_queries = config["num_queries"]
+    if two_stage:
+        transformer.share_proposal_heads = not refine
+        transformer.query_selection.content_from_memory = config["eff_query_init"]
+        transformer.proposal_head.class_agnostic = not config["eff_specific_head"]
+    if config.get("rho") or config.get("use_enc_aux_loss"):
+        sparse = get_config("encoders/sparse.py").encoder
+        sparse.layer = copy.deepcopy(transformer.encoder.layer)
+        sparse.num_layers = config["enc_layers"]
+        sparse.keep_ratio = config["rho"] or None
+        sparse.auxiliary_heads = config["use_enc_aux_loss"]
+        sparse.loss_weight = config["mask_prediction_coef"]
+        transformer.encoder = sparse
+    criterion = model.criterion
+    criterion.weight_class = config["cls_loss_coef"]
+    criterion.weight_bbox = config["bbox_loss_coef"]
+    criterion.weight_giou = config["giou_loss_coef"]
+    criterion.alpha = config["focal_alpha"]
+    for cost in ("class", "bbox", "giou"):
+        criterion.matcher[f"cost_{cost}"] = config[f"set_cost_{cost}"]
+    _set_backbone(model, config, levels)
+    return instantiate(model)
+
+
+def _set_backbone(model, config: dict, levels: int) -> None:
+    kind = config["backbone"]
+    if kind.startswith("swin"):
+        backbones = get_config("models/backbones.py")
+        source = backbones.swin_tiny
+        model.backbone, model.in_features = source.backbone, source.in_features
+        model.neck.in_channels = source.in_channels
+    else:
+        depth = int(kind.removeprefix("resnet"))
+        model.backbone.stages.depth = depth
+        if config.get("dilation"):
+            model.backbone = L(build_dilated_resnet)(
+                depth=depth, out_features=list(model.in_features)
+            )
+    if levels == 1:  # the published single-scale models see the last map only
+        model.in_features = model.in_features[-1:]
+        model.neck.in_channels = model.neck.in_channels[-1:]
+
+
+def convert(case: Case, model) -> dict[str, Tensor]:
+    """The case's published parameters under this project's names; nothing may be left over."""
+    published = {
+        name: value for name, value in case.state_dict().items()
+        if not name.endswith("relative_position_index")  # computed by the model, not learned
+    }
+    case.published = published
+    converted, report = convert_state_dict(published, model)
+    report.missing = [
+        name for name in report.missing
+        if not name.endswith("relative_position_index")
+        and not (case.meta.get("from_", case.meta.get("start", "image")) not in ("image", "images")
+                 and name.startswith("backbone."))
+    ]
+    if not report.complete:
+        raise ValueError(
+            f"{case.name}: conversion leaves missing={report.missing[:5]} "
+            f"unexpected={report.unexpected[:5]}"
+        )
+    return converted
+
+
+def run(case: Case) -> None:
+    """Replay a whole-model case and compare everything it stores."""
+    model = build_model(case.config, case.meta["num_classes"]).to(case.dtype)
+    model.train()
+    model.backbone.eval()  # no stochastic depth; the norms are frozen
+    Replay(model).run(convert(case, model), lambda m: _body(case, m))
+    if unchecked := case.unchecked:
+        raise ValueError(f"{case.name}: arrays {unchecked} were not compared")
+
+
+def _body(case: Case, model) -> None:
+    sizes = [tuple(size) for size in case.meta["image_sizes"]]
+    targets = [
+        Target(case.array(f"target_labels{i}"), case.array(f"target_boxes{i}"), size)
+        for i, size in enumerate(sizes)
+    ]
+    if case.meta["from_"] == "image":
+        output = model.detect(images(case, MEAN, STD), targets)
+    else:
+        features = [case.drawn(name) for name in case.meta["inputs"] if name.startswith("feat")]
+        padded = tuple(max(size[i] for size in sizes) for i in (0, 1))
+        output = model.decode(features, sizes, padded, targets)
+    compare_tokens(case, output)
+    _compare_predictions(case, model, output)
+    _compare_losses(case, model, output, targets)
+
+
+def images(case: Case, mean, std) -> ImageList:
+    """The case's images, normalised and then zero-padded."""
+    normalised = []
+    for name in case.meta["inputs"]:
+        if name.startswith("image") and name[5:].isdigit():
+            image = case.drawn(name) / 255
+            normalised.append((image - image.new_tensor(mean)[:, None, None])
+                              / image.new_tensor(std)[:, None, None])
+    return ImageList.from_tensors(normalised)
+
+
+def at(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows (B, R) of each image of ``x`` (B, N, ...)."""
+    return torch.stack([image[row] for image, row in zip(x, rows.long())])
+
+
+def compare_tokens(case: Case, output) -> None:
+    """The parts that all whole-model cases store: geometry, encoder input and output."""
+    tokens = output.tokens
+    rows = case.array("rows")
+    case.compare("spatial_shapes", torch.tensor(tokens.shapes))
+    case.compare("valid_ratios", tokens.valid_ratios)
+    case.compare("src_rows", at(tokens.features, rows))
+    case.compare("memory_rows", at(output.encoded.memory, rows))
+    position = at(tokens.position, rows)
+    case.compare("lvl_pos_rows", position[:, : case.arrays["lvl_pos_rows"].shape[1]])
+
+
+def stats(x: Tensor) -> list[float]:
+    return [float(x.mean()), float(x.std(correction=0)), float(x.abs().sum()), float(x.min()),
+            float(x.max()), float(x.numel())]
+
+
+def _compare_predictions(case: Case, model, output) -> None:
+    decoded, tokens = output.decoded, output.tokens
+    rows = case.array("rows")
+    valid = ~tokens.mask
+    if "memory_stats" in case.arrays:
+        memory = [image[keep] for image, keep in zip(output.encoded.memory, valid)]
+        case.compare("memory_stats", torch.tensor([stats(m) for m in memory]))
+    case.compare("pred_logits", output.logits)
+    case.compare("pred_boxes", output.boxes)
+    case.compare("hs_last", decoded.states[-1][:, ::6])
+    case.compare("init_reference", decoded.references[0])
+    if len(decoded.boxes) > 1:
+        case.compare("aux_boxes", torch.stack(decoded.boxes[:-1]))
+        case.compare("aux_logits_q6", torch.stack(decoded.logits[:-1])[:, :, ::6])
+    if output.proposals is not None:
+        proposals = output.proposals
+        case.compare("enc_logits_rows", at(proposals.logits, rows))
+        case.compare("enc_boxes_rows", at(proposals.boxes, rows))
+        case.compare("enc_fg_score", model.transformer.proposal_head.score(proposals.logits))
+        case.compare("topk_proposals", proposals.selected)
+    if output.encoded.selected is not None:
+        case.compare("mask_prediction", output.encoded.scores)
+        case.compare("backbone_topk_proposals", output.encoded.selected)
+        case.compare("sparse_token_nums", output.encoded.selected_mask.sum(1))
+        case.compare("valid_token_nums", valid.sum(1))
+    if "aux_enc_logits" in case.arrays:
+        where = case.array("aux_enc_pos").long()
+        sets = output.encoded.predictions
+        case.compare("aux_enc_logits", torch.stack([p.logits[:, where] for p in sets]))
+        case.compare("aux_enc_boxes", torch.stack([p.boxes[:, where] for p in sets]))
+        case.compare("aux_enc_token", output.encoded.selected[:, where])
+    _compare_detections(case, output)
+
+
+def _compare_detections(case: Case, output) -> None:
+    k = case.arrays["post_scores"].shape[1]
+    scores, labels, boxes = top_detections(output.logits, output.boxes, k)
+    sizes = [[float(x) for x in pair.split(",")] for pair in _pairs(case)]
+    scale = boxes.new_tensor([[w, h, w, h] for h, w in sizes])
+    case.compare("post_scores", scores)
+    case.compare("post_labels", labels)
+    case.compare("post_boxes", boxes * scale[:, None])
+    pairs = output.logits.sigmoid().flatten(1).topk(k, dim=1).indices
+    case.compare("post_query", pairs // output.logits.shape[-1])
+
+
+def _pairs(case: Case) -> list[str]:
+    text = case.meta["inputs"]["target_sizes"].split(":", 1)[1]
+    return [pair.strip("[] ") for pair in text.split("], [")]
+
+
+def _compare_losses(case: Case, model, output, targets: list[Target]) -> None:
+    criterion = model.criterion
+    sets = model.transformer.predictions(output)
+    calls = []
+    for call, (prediction, match) in enumerate(zip(sets, criterion.match(sets, targets))):
+        start = torch.tensor([0, *(len(t.labels) for t in targets)]).cumsum(0)
+        local = match.target - start[match.batch]
+        calls.append(torch.stack([torch.full_like(local, call), match.batch, match.query, local], 1))
+    found, wanted = torch.cat(calls).tolist(), case.arrays["matches"].tolist()
+    case.decide("matches", sorted(found) == sorted(wanted))
+
+    raw = {name.replace("loss_class", "loss_ce"): (value, weight)
+           for name, value, weight in criterion.losses(sets, targets)}
+    total = sum(value * weight for value, weight in raw.values())
+    encoder = model.transformer.encoder
+    for name, value in encoder.losses(output.encoded, output.decoded, output.tokens,
+                                      targets).items():
+        total = total + value
+        raw[name] = (value / case.config["mask_prediction_coef"], None)
+    for name, value in encoder.metrics(output.encoded).items():
+        raw[name] = (value, None)
+    case.skip("loss_values")
+    for name, wanted in zip(case.meta["loss_names"], case.arrays["loss_values"]):
+        if not name.startswith(LOGGED):
+            case.compare(f"loss:{name}", raw.pop(name)[0].reshape(()), wanted, "loss_values")
+    assert not raw, f"{case.name}: losses {list(raw)} are not in the published model"
+    case.compare("total_loss", total.reshape(1))
+    if output.encoded.selected is not None:
+        case.compare("dam_map", output.encoded.intermediate["attention_map"])
+        case.compare("dam_target", output.encoded.intermediate["target"])
+    compare_gradients(case, model, total)
+
+
+def compare_gradients(case: Case, model, total: Tensor) -> None:
+    """Gradients of ``total`` with respect to the published parameters (float64 only)."""
+    names = case.meta["grad_names"]
+    case.skip(*(name for name in case.arrays if name.startswith(("grad:", "grad_"))))
+    if not case.exact:
+        return
+    leaves = [case.published[name] for name in names]
+    gradients = dict(zip(names, torch.autograd.grad(total, leaves, allow_unused=True)))
+    gradients = {n: torch.zeros_like(case.published[n]) if g is None else g
+                 for n, g in gradients.items()}
+    case.compare("grad_norm", torch.stack([g.norm() for g in gradients.values()]))
+    case.compare("grad_sum", torch.stack([g.sum() for g in gradients.values()]))
+    for key in [k for k in case.arrays if k.startswith("grad:")]:
+        gradient = gradients[key.removeprefix("grad:")]
+        if gradient.dim() > 1:  # the first rows and columns of the flattened filters are stored
+            gradient = gradient.flatten(1)[:, : case.arrays[key].shape[1]]
+        case.compare(key, gradient[: case.arrays[key].shape[0]])
+
+
