@@ -82,8 +82,9 @@ def detect_family(keys: Mapping[str, object]) -> str | None:
     return None
 
 
-def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module
-                       ) -> tuple[dict[str, Tensor], ConversionReport]:
+def convert_state_dict(
+    state_dict: Mapping[str, Tensor], model: nn.Module
+) -> tuple[dict[str, Tensor], ConversionReport]:
     """Rename and reshape a published ``state_dict`` for ``model``.
 
     Raises:
@@ -175,8 +176,12 @@ def _split_query_embed(weight: Tensor) -> list[tuple[str, Tensor]]:
     return [(prefix + "position.weight", position), (prefix + "content.weight", content)]
 
 
-def _fit_classes(renamed: dict[str, Tensor], expected: Mapping[str, Tensor], model: nn.Module,
-                 report: ConversionReport) -> dict[str, Tensor]:
+def _fit_classes(
+    renamed: dict[str, Tensor],
+    expected: Mapping[str, Tensor],
+    model: nn.Module,
+    report: ConversionReport,
+) -> dict[str, Tensor]:
     """Pick the rows of 91-way heads (one per COCO category id) for an 80-class model."""
     out = dict(renamed)
     for key, value in renamed.items():

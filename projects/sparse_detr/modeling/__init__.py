@@ -8,7 +8,7 @@ from .encoder import DeformableEncoderLayer, DenseEncoder, Encoder, EncoderOutpu
 from .heads import DetectionHeads
 from .layers import ChannelMapper, SinePosition
 from .matcher import HungarianMatcher, Target
-from .meta_arch import DINO, DeformableDETR, SetDetector
+from .meta_arch import DINO, DeformableDETR, FocusDETR, LiteDETR, SetDetector, SparseDETR
 from .proposals import LearnedQueries, MixedQueries, ProposalHead, ProposalQueries
 from .tokens import Tokens
 from .transformer import DetectionTransformer, TransformerOutput
@@ -26,8 +26,10 @@ __all__ = [
     "DetectionTransformer",
     "Encoder",
     "EncoderOutput",
+    "FocusDETR",
     "HungarianMatcher",
     "LearnedQueries",
+    "LiteDETR",
     "MSDeformAttn",
     "MixedQueries",
     "Predictions",
@@ -36,6 +38,7 @@ __all__ = [
     "SetCriterion",
     "SetDetector",
     "SinePosition",
+    "SparseDETR",
     "Target",
     "Tokens",
     "TransformerOutput",

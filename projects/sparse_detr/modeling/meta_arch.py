@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, detector_postprocess
 from detectron2.structures import ImageList
 from detectron2.utils.events import get_event_storage, has_event_storage
@@ -30,6 +31,9 @@ class SetDetector(nn.Module):
         max_detections: detections per image.
     """
 
+    default_config = ""  # shipped config behind the yacs name, see ``from_config``
+
+    @configurable
     def __init__(self, *, backbone: nn.Module, in_features: Sequence[str], neck: ChannelMapper,
                  transformer: DetectionTransformer, criterion: SetCriterion, num_classes: int,
                  pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
@@ -51,6 +55,13 @@ class SetDetector(nn.Module):
         self.max_detections = max_detections
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        """Constructor arguments for users of ``MODEL.META_ARCHITECTURE``; see ``yacs.py``."""
+        from ..yacs import constructor_arguments
+
+        return constructor_arguments(cfg, cls.default_config)
 
     @property
     def device(self) -> torch.device:
@@ -145,11 +156,34 @@ class SetDetector(nn.Module):
 class DeformableDETR(SetDetector):
     """Deformable DETR (Zhu et al., ICLR 2021) and what configs compose on it."""
 
+    default_config = "deformable_detr/deformable_detr_r50_two_stage_50ep"
+
 
 class DINO(SetDetector):
     """DINO (Zhang et al., ICLR 2023) and what configs compose on it."""
 
+    default_config = "dino/dino_r50_4scale_12ep"
 
-for _detector in (DeformableDETR, DINO):
-    if _detector.__name__ not in META_ARCH_REGISTRY:
+
+# The same class under each paper's name: what differs is the encoder that its config composes.
+class SparseDETR(DeformableDETR):
+    """Sparse DETR (Roh et al., ICLR 2022)."""
+
+    default_config = "sparse_detr/sparse_detr_r50_30_50ep"
+
+
+class FocusDETR(DINO):
+    """Focus-DETR (Zheng et al., ICCV 2023)."""
+
+    default_config = "focus_detr/focus_detr_r50_4scale_12ep"
+
+
+class LiteDETR(DINO):
+    """Lite DETR (Li et al., CVPR 2023)."""
+
+    default_config = "lite_detr/lite_dino_r50_h3l1_2p1x3_36ep"
+
+
+for _detector in (DeformableDETR, DINO, SparseDETR, FocusDETR, LiteDETR):
+    if _detector.__name__ not in META_ARCH_REGISTRY:  # idempotent under reloads
         META_ARCH_REGISTRY.register(_detector)

@@ -36,9 +36,9 @@ def detections(logits: Tensor, boxes: Tensor, sizes: list[tuple[int, int]],
     """
     results = []
     for size, score, label, box in zip(sizes, *top_detections(logits, boxes, k)):
+        height, width = size
         result = Instances(size)
-        result.pred_boxes = Boxes(box)
-        result.pred_boxes.scale(scale_x=size[1], scale_y=size[0])
+        result.pred_boxes = Boxes(box * box.new_tensor([width, height, width, height]))
         result.scores = score
         result.pred_classes = label
         results.append(result)

@@ -118,16 +118,24 @@ class ProposalHead(nn.Module):
 
 
 class QuerySelection(nn.Module):
-    """Turns the encoder's memory into decoder queries; ``two_stage`` ones use a proposal head."""
+    """Turns the encoder's memory into decoder queries; ``two_stage`` ones use a proposal head.
+
+    Args:
+        skip_invalid: rank padding and border proposals last. The published models leave them in
+            the ranking, all with one and the same score, so a batch's padding can displace queries.
+    """
 
     two_stage = True
 
-    def __init__(self, *, num_queries: int):
+    def __init__(self, *, num_queries: int, skip_invalid: bool = False):
         super().__init__()
         self.num_queries = num_queries
+        self.skip_invalid = skip_invalid
 
-    def select(self, scores: Tensor) -> Tensor:
-        """(B, N) -> (B, Q) best tokens; Q shrinks to N on images with fewer tokens than queries."""
+    def select(self, scores: Tensor, invalid: Tensor) -> Tensor:
+        """Scores and validity (B, N) -> (B, Q) best tokens; Q shrinks to N on smaller images."""
+        if self.skip_invalid:
+            scores = scores.masked_fill(invalid, float("-inf"))
         return scores.topk(min(self.num_queries, scores.shape[1]), dim=1).indices
 
 
@@ -168,8 +176,8 @@ class ProposalQueries(QuerySelection):
     """
 
     def __init__(self, *, embed_dim: int = 256, num_queries: int = 300,
-                 content_from_memory: bool = False):
-        super().__init__(num_queries=num_queries)
+                 content_from_memory: bool = False, skip_invalid: bool = False):
+        super().__init__(num_queries=num_queries, skip_invalid=skip_invalid)
         if embed_dim % 4:
             raise ValueError(f"ProposalQueries: embed_dim={embed_dim} must be a multiple of 4")
         self.content_from_memory = content_from_memory
@@ -184,7 +192,7 @@ class ProposalQueries(QuerySelection):
         projected = head.project(memory, invalid)
         logits = head.class_head(projected)  # (B, N, num_classes)
         boxes = head.refine(projected, proposals)  # (B, N, 4)
-        selected = self.select(head.score(logits))  # (B, Q)
+        selected = self.select(head.score(logits), invalid)  # (B, Q)
 
         reference = gather_tokens(boxes, selected).detach().sigmoid()
         code = box_code(reference, self.num_feats)  # (B, Q, 2 * C)
@@ -205,8 +213,8 @@ class MixedQueries(QuerySelection):
     """
 
     def __init__(self, *, embed_dim: int = 256, num_queries: int = 900,
-                 learned_content: bool = True):
-        super().__init__(num_queries=num_queries)
+                 learned_content: bool = True, skip_invalid: bool = False):
+        super().__init__(num_queries=num_queries, skip_invalid=skip_invalid)
         self.content = nn.Embedding(num_queries, embed_dim) if learned_content else None
 
     def forward(self, memory: Tensor, tokens: Tokens,
@@ -214,7 +222,7 @@ class MixedQueries(QuerySelection):
         proposals, invalid = proposal_logits(tokens)
         projected = head.project(memory, invalid)
         scores = head.score(head.class_head(projected))
-        selected = self.select(scores)  # (B, Q)
+        selected = self.select(scores, invalid)  # (B, Q)
 
         # The heads act on tokens one by one: refine and classify only the chosen ones.
         chosen = gather_tokens(projected, selected)  # (B, Q, C)

@@ -1,0 +1,67 @@
+"""Layout of the token sequence, its geometry, gather and scatter."""
+
+import torch
+
+from sparse_detr.modeling.tokens import (
+    encoder_reference_points,
+    flatten_levels,
+    gather_tokens,
+    level_starts,
+    scatter_tokens,
+    valid_sizes,
+)
+
+SHAPES = ((4, 6), (2, 3), (1, 2))
+
+
+def test_levels_are_concatenated_finest_first_and_row_major():
+    maps = [torch.arange(2 * 3 * h * w).view(2, 3, h, w).float() + 1000 * i
+            for i, (h, w) in enumerate(SHAPES)]
+    tokens = flatten_levels(maps)
+    assert tokens.shape == (2, 24 + 6 + 2, 3)
+    assert level_starts(SHAPES) == (0, 24, 30)
+    # Row 1, column 2 of level 1 is token 24 + 1 * 3 + 2.
+    assert torch.equal(tokens[1, 24 + 5], maps[1][1, :, 1, 2])
+
+
+def test_valid_sizes_count_unpadded_columns_and_rows():
+    mask = torch.zeros(2, 4, 6, dtype=torch.bool)
+    mask[1, 3:] = True
+    mask[1, :, 4:] = True
+    assert valid_sizes([mask])[:, 0].tolist() == [[6, 4], [4, 3]]
+
+
+def test_reference_points_are_cell_centres_of_the_image_scaled_to_each_level():
+    ratios = torch.tensor([[[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]],
+                           [[0.5, 0.75], [2 / 3, 0.5], [0.5, 1.0]]])
+    points = encoder_reference_points(SHAPES, ratios)
+    assert points.shape == (2, 32, 3, 2)
+    # Unpadded image: the centre of row 1, column 2 of level 0, the same seen from every level.
+    torch.testing.assert_close(points[0, 8], torch.tensor([[2.5 / 6, 1.5 / 4]]).expand(3, 2))
+    # Padded image: the same cell is further into the image (3 x 3 valid cells), and each level
+    # sees it in units of its own padded map.
+    centre = torch.tensor([2.5 / 3, 1.5 / 3])
+    torch.testing.assert_close(points[1, 8], centre * ratios[1])
+
+
+def test_gather_and_scatter_touch_only_the_kept_tokens():
+    x = torch.randn(2, 10, 3)
+    index = torch.tensor([[3, 1, 7], [0, 9, 4]])
+    rows = gather_tokens(x, index)
+    assert torch.equal(rows[1, 1], x[1, 9])
+    keep = torch.tensor([[True, True, False], [True, True, True]])
+    y = scatter_tokens(x, index, rows + 1, keep)
+    changed = (y != x).any(-1)
+    assert changed.nonzero().tolist() == [[0, 1], [0, 3], [1, 0], [1, 4], [1, 9]]
+    assert torch.equal(scatter_tokens(x, index, rows), x)  # writing back what was read
+    assert y.data_ptr() != x.data_ptr()
+
+
+def test_scatter_sends_gradients_to_the_update_and_to_untouched_tokens_only():
+    x = torch.randn(1, 5, 2, dtype=torch.double, requires_grad=True)
+    update = torch.randn(1, 3, 2, dtype=torch.double, requires_grad=True)
+    index, keep = torch.tensor([[4, 0, 2]]), torch.tensor([[True, False, True]])
+    assert torch.autograd.gradcheck(lambda a, b: scatter_tokens(a, index, b, keep), (x, update))
+    scatter_tokens(x, index, update, keep).sum().backward()
+    assert x.grad[0, :, 0].tolist() == [1, 1, 0, 1, 0]
+    assert update.grad[0, :, 0].tolist() == [1, 0, 1]

@@ -1,0 +1,71 @@
+"""Small versions of the shipped models: the same configs with small numbers."""
+
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
+from detectron2.modeling.backbone import BasicStem, ResNet
+from detectron2.modeling.backbone.resnet import BasicBlock
+from detectron2.structures import Boxes, Instances
+from omegaconf import DictConfig
+
+from sparse_detr.config import get_config
+
+
+def tiny_backbone() -> dict:
+    """Three maps of 12, 16 and 20 channels at strides 8, 16 and 32."""
+    stages = [
+        L(ResNet.make_stage)(
+            block_class=BasicBlock, num_blocks=1, stride_per_block=[stride], in_channels=a,
+            out_channels=b, norm="FrozenBN",
+        )
+        for stride, a, b in ((1, 4, 8), (2, 8, 12), (2, 12, 16), (2, 16, 20))
+    ]
+    stem = L(BasicStem)(in_channels=3, out_channels=4, norm="FrozenBN")
+    return L(ResNet)(stem=stem, stages=stages, out_features=["res3", "res4", "res5"], freeze_at=0)
+
+
+def shrink(model: DictConfig, num_classes: int = 3) -> DictConfig:
+    """The config of a model of this project with tiny dimensions, in place."""
+    model.backbone = tiny_backbone()
+    model.in_features = ["res3", "res4", "res5"]
+    model.neck.in_channels = [12, 16, 20]
+    model.neck.num_groups = 4
+    model.num_classes = num_classes
+    transformer = model.transformer
+    transformer.embed_dim = 32
+    transformer.encoder.num_layers = 2
+    transformer.decoder.num_layers = 2
+    transformer.query_selection.num_queries = 8
+    for layer, attention in (
+        (transformer.encoder.layer, "attention"),
+        (transformer.decoder.layer, "cross_attention"),
+    ):
+        layer.ffn_dim = 48
+        layer.dropout = 0.0
+        layer[attention].num_heads = 4
+        layer[attention].num_points = 2
+    transformer.decoder.layer.num_heads = 4
+    return model
+
+
+def tiny_model(config: str = "deformable_detr/deformable_detr_r50_50ep", seed: int = 0, **kwargs):
+    """A shipped config, shrunk and built."""
+    torch.manual_seed(seed)
+    return instantiate(shrink(get_config(config).model, **kwargs))
+
+
+def sample(height: int, width: int, num_boxes: int = 2, num_classes: int = 3, seed: int = 0,
+           annotated: bool = True) -> dict:
+    """One image as a data mapper delivers it, with random boxes."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.rand(3, height, width, generator=generator) * 255
+    entry = {"image": image, "height": height, "width": width, "file_name": f"image{seed}.jpg"}
+    if annotated:
+        corner = torch.rand(num_boxes, 2, generator=generator) * 0.6
+        size = torch.rand(num_boxes, 2, generator=generator) * 0.3 + 0.1
+        scale = torch.tensor([width, height, width, height])
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(torch.cat([corner, corner + size], 1) * scale)
+        instances.gt_classes = torch.randint(num_classes, (num_boxes,), generator=generator)
+        entry["instances"] = instances
+    return entry
