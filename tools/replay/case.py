@@ -139,10 +139,8 @@ class Case:
         if self.exact:
             error, tolerance = error / np.maximum(1.0, np.abs(wanted)), FLOAT64_TOLERANCE
         else:
-            tolerance = FLOAT32_FLOORS * max(
-                self.meta["noise_floor"].get(floor or name, 0.0),
-                float(np.finfo(np.float32).eps) * max(1.0, float(np.abs(wanted).max(initial=0))),
-            )
+            rounding = np.finfo(np.float32).eps * max(1.0, float(np.abs(wanted).max(initial=0)))
+            tolerance = FLOAT32_FLOORS * self.meta["noise_floor"].get(floor or name, rounding)
         self.checks.append(Check(name, float(error.max(initial=0.0)), tolerance))
 
     def decide(self, name: str, equal: bool) -> None:

@@ -166,6 +166,8 @@ def compare_tokens(case: Case, output) -> None:
 
 
 def stats(x: Tensor) -> list[float]:
+    """Mean, deviation, absolute sum, extremes and size of a tensor, as cases store them."""
+    x = x.detach()
     return [float(x.mean()), float(x.std(correction=0)), float(x.abs().sum()), float(x.min()),
             float(x.max()), float(x.numel())]
 

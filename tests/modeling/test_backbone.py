@@ -1,0 +1,76 @@
+"""Backbones: the published ones, through detectron2's modules."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from detectron2.config import instantiate
+from torchvision.models import resnet50
+
+from sparse_detr.config import get_config
+from sparse_detr.engine.convert import convert_state_dict
+from sparse_detr.modeling import build_dilated_resnet, build_swin
+
+
+class _Wrapped(torch.nn.Module):
+    """A backbone as the converter sees it inside a model."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+
+@pytest.mark.parametrize("dilated", [False, True])
+def test_resnet_is_torchvisions(dilated):
+    torch.manual_seed(0)
+    theirs = resnet50(replace_stride_with_dilation=[False, False, dilated]).double().eval()
+    for name, buffer in theirs.named_buffers():
+        if name.endswith("running_var"):
+            buffer.uniform_(0.5, 2.0)
+    if dilated:
+        ours = build_dilated_resnet(out_features=("res3", "res4", "res5"))
+    else:
+        ours = instantiate(get_config("models/backbones").resnet50.backbone)
+    ours = _Wrapped(ours).double().eval()
+    published = {f"backbone.0.body.{k}": v for k, v in theirs.state_dict().items() if "fc." not in k}
+    # A marker of the family: the transformer that the backbone belongs to.
+    published["transformer.encoder.layers.0.self_attn.output_proj.bias"] = torch.zeros(1)
+    converted, report = convert_state_dict(published, ours)
+    assert not report.missing and len(report.unexpected) == 1
+    ours.load_state_dict(converted, strict=False)
+
+    x = torch.randn(1, 3, 65, 97, dtype=torch.double)
+    out = ours.backbone(x)
+    y = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(x))))
+    y = theirs.layer2(theirs.layer1(y))
+    torch.testing.assert_close(out["res3"], y)
+    y = theirs.layer4(theirs.layer3(y))
+    torch.testing.assert_close(out["res5"], y)
+    assert out["res5"].shape[-1] == (7 if dilated else 4)
+
+
+def test_stem_and_first_stage_are_frozen():
+    backbone = instantiate(get_config("models/backbones").resnet50.backbone)
+    trained = {name.split(".")[0] for name, p in backbone.named_parameters() if p.requires_grad}
+    assert trained == {"res3", "res4", "res5"}
+
+
+def test_swin_takes_images_of_any_size_and_needs_no_timm():
+    code = (
+        "import sys; sys.modules['timm'] = None\n"
+        "import torch\n"
+        "from sparse_detr.modeling import build_swin\n"
+        "swin = build_swin(embed_dim=12, depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 6)).train()\n"
+        "print([tuple(m.shape[1:]) for m in swin(torch.randn(1, 3, 50, 75)).values()])\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True,
+                          text=True, cwd="projects")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[(24, 7, 10), (48, 4, 5), (96, 2, 3)]"
+
+
+def test_stochastic_depth_grows_linearly():
+    swin = build_swin(drop_path_rate=0.2)
+    rates = [block.drop_path.p for layer in swin.layers for block in layer.blocks]
+    torch.testing.assert_close(torch.tensor(rates), torch.linspace(0, 0.2, 12))
