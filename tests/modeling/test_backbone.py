@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_swin_takes_images_of_any_size_and_needs_no_timm():
         "print([tuple(m.shape[1:]) for m in swin(torch.randn(1, 3, 50, 75)).values()])\n"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True,
-                          text=True, cwd="projects")
+                          text=True, cwd=Path(__file__).parents[2] / "projects")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[(24, 7, 10), (48, 4, 5), (96, 2, 3)]"
 
