@@ -1,0 +1,167 @@
+"""Building the operators on bad days. The machinery is the real one, the source is a small one."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# A CPU kernel that takes seconds to compile and whose output can be told from the reference's.
+SOURCE = """
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/full.h>
+#include <torch/library.h>
+at::Tensor kernel(const at::Tensor& value, at::IntArrayRef, const at::Tensor& locations,
+                  const at::Tensor&) {
+  return at::full({value.size(0), locations.size(1), value.size(2) * value.size(3)}, 42.0);
+}
+TORCH_LIBRARY_IMPL(sparse_detr, CPU, m) { m.impl("ms_deform_attn", kernel); }
+"""
+CALL = """
+import sys
+from pathlib import Path
+import torch
+from sparse_detr.kernels import build, ms_deform_attn
+build.SOURCES = Path(sys.argv[1])
+out = ms_deform_attn(torch.ones(1, 4, 1, 2), [(2, 2)], torch.full((1, 1, 1, 1, 1, 2), 0.5),
+                     torch.ones(1, 1, 1, 1, 1))
+print("result", out[0, 0, 0].item(), build.status("cpu").backend)
+"""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("csrc")
+    (folder / "cpu").mkdir()
+    (folder / "cpu" / "kernel.cpp").write_text(SOURCE)
+    return folder
+
+
+@pytest.fixture
+def call(sources, tmp_path):
+    """Starts a process that uses the operator; returns its Popen."""
+
+    def start(code=CALL, **environment):
+        env = {k: v for k, v in os.environ.items()
+               if k not in ("SPARSE_DETR_OPS", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME", "CXX")}
+        env.update(PYTHONPATH=str(ROOT / "projects"), SPARSE_DETR_CACHE=str(tmp_path / "cache"),
+                   OMP_NUM_THREADS="1", PYTHONWARNINGS="default")
+        env.update(environment)
+        return subprocess.Popen(
+            [sys.executable, "-c", code, str(sources)], env={k: v for k, v in env.items() if v},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )
+
+    return start
+
+
+def finish(process, timeout=240):
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == 0, err
+    return out.strip().splitlines()[-1], err
+
+
+def scratch(cache):
+    return [p for p in cache.rglob("build-*") if p.is_dir()]
+
+
+COMPILED, REFERENCE = "result 42.0 cpp-cpu", "result 1.0 reference"
+
+
+def test_eight_processes_starting_at_once_build_it_once(call, tmp_path):
+    processes = [call() for _ in range(8)]
+    results = [finish(process) for process in processes]
+    assert [line for line, _ in results] == [COMPILED] * 8
+    assert sum("built in" in err for _, err in results) == 1
+    assert len(list((tmp_path / "cache").rglob("*.so"))) == 1
+    assert not scratch(tmp_path / "cache")
+    # And the next one finds it there.
+    line, err = finish(call())
+    assert line == COMPILED and "building" not in err
+
+
+def test_a_build_killed_half_way_is_done_again(call, tmp_path):
+    first = call()
+    deadline = time.monotonic() + 120
+    while not any(list(p.iterdir()) for p in scratch(tmp_path / "cache")):
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert scratch(tmp_path / "cache") and not list((tmp_path / "cache").rglob("*.so"))
+    line, _ = finish(call())
+    assert line == COMPILED
+    assert not scratch(tmp_path / "cache")
+
+
+def test_a_home_that_cannot_be_written(call, tmp_path):
+    line, _ = finish(call(SPARSE_DETR_CACHE="", HOME="/dev/null/home", TMPDIR=str(tmp_path)))
+    assert line == COMPILED
+    (private,) = tmp_path.glob("sparse_detr-*")
+    assert private.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_private_folder_that_others_can_write_is_not_trusted(call, tmp_path):
+    process = call(code="from sparse_detr.kernels import build; print(build.cache_dir())",
+                   SPARSE_DETR_CACHE="", HOME="/dev/null/home", TMPDIR=str(tmp_path))
+    folder = Path(finish(process)[0])
+    folder.chmod(0o777)
+    process = call(code="from sparse_detr.kernels import build; print(build.cache_dir())",
+                   SPARSE_DETR_CACHE="", HOME="/dev/null/home", TMPDIR=str(tmp_path))
+    _, err = process.communicate()
+    assert process.returncode and "set SPARSE_DETR_CACHE" in err
+
+
+def test_no_compiler_means_plain_pytorch_and_one_warning(call):
+    twice = CALL + CALL.split("build.SOURCES = Path(sys.argv[1])")[1]
+    line, err = finish(call(code=twice, CXX="/nonexistent/c++"))
+    assert line == REFERENCE
+    assert err.count("runs in plain PyTorch") == 1
+    assert "no C++ compiler (/nonexistent/c++ is not on the PATH)" in err
+
+
+def test_a_compiler_that_fails_means_plain_pytorch_and_its_message(call, sources, tmp_path):
+    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
+    (tmp_path / "csrc" / "cpu" / "kernel.cpp").write_text("int x = undeclared_name;\n")
+    code = CALL.replace("sys.argv[1]", repr(str(tmp_path / "csrc")))
+    line, err = finish(call(code=code))
+    assert line == REFERENCE and "undeclared_name" in err
+
+
+def test_a_demanded_operator_that_cannot_be_built_is_an_error(call):
+    process = call(CXX="/nonexistent/c++", SPARSE_DETR_OPS="cpu")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode and "BuildError: no C++ compiler" in err
+
+
+def test_reference_mode_builds_nothing(call, tmp_path):
+    line, err = finish(call(SPARSE_DETR_OPS="reference"))
+    assert line == REFERENCE and "plain PyTorch" not in err
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_unknown_mode_is_refused(call):
+    process = call(SPARSE_DETR_OPS="gpu")
+    _, err = process.communicate(timeout=120)
+    assert "SPARSE_DETR_OPS='gpu' is not one of auto, reference, cpu, cuda" in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_nvcc_without_a_gpu_builds_for_the_cpu(call, tmp_path):
+    """The GPU decides, not the compiler's presence."""
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\ntouch {tmp_path}/nvcc-was-called\nexit 1\n")
+    nvcc.chmod(0o755)
+    code = CALL + "print(build.status('cuda').reason)\nprint('result', build.status().backend)\n"
+    process = call(code=code, CUDA_HOME=str(nvcc.parents[1]),
+                   PATH=f"{nvcc.parent}{os.pathsep}{os.environ['PATH']}")
+    line, err = finish(process)
+    assert line == "result cpp-cpu", err
+    assert not (tmp_path / "nvcc-was-called").exists()
