@@ -92,13 +92,15 @@ def check_requirements(report: Report) -> None:
                 report.add(name, version or "missing")
             if not is_importable(module):
                 report.problem(f"{name} is missing", pip_install(requirement))
+            elif name == "setuptools":  # its version matters to detectron2.model_zoo alone
+                if not is_importable("pkg_resources"):
+                    what = (
+                        f"setuptools {version} breaks detectron2.model_zoo, which isn't used here"
+                    )
+                    report.problem(what, pip_install(requirement), required=False)
             elif version and not is_satisfied(requirement, version):
-                # setuptools matters to detectron2.model_zoo alone, which isn't used here
-                needed = name != "setuptools"
                 what = f"{name} {version} is installed, {requirement} is needed"
-                if not needed:
-                    what += " by detectron2.model_zoo (sparse_detr doesn't use it)"
-                report.problem(what, pip_install(requirement), required=needed)
+                report.problem(what, pip_install(requirement))
 
 
 def is_satisfied(requirement: str, version: str) -> bool:

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""`make demo`: trains a small detector from scratch, evaluates it and draws what it finds.
+"""``make demo``: trains a small detector from scratch, evaluates it and draws what it finds.
 
     python tools/demo_quick.py [--config-file FILE] [--output-dir DIR] [train.max_iter=100 ...]
 
 The data are drawn from a seed (sparse_detr.data.synthetic); nothing is downloaded. On two CPU cores
-it takes a few minutes. The same as `train_net.py` on that config, and pictures.
+it takes a few minutes. The same as ``train_net.py`` on that config, and pictures.
 """
 
 import argparse

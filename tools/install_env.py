@@ -222,13 +222,13 @@ def build_on(env, folders):
 def install_packages(env):
     """The tested set in an environment of our own, else only what is missing."""
     files = [REQUIREMENTS / f"{name}.txt" for name in ("runtime", "detectron2-runtime", "dev")]
+    tested = REQUIREMENTS / f"constraints-py3{sys.version_info[1]}.txt"
     if env.owned.exists() and not env.base_folders():
         remove_half_installed(env.site_packages())
         if shutil.disk_usage(env.root).free < GIGABYTES_NEEDED << 30:
             say(f"warning: less than {GIGABYTES_NEEDED} GB are free, which may not be enough")
         say("installing the tested set of packages (a few GB to download at the first time)")
-        pins = REQUIREMENTS / f"constraints-py3{sys.version_info[1]}.txt"
-        pip(env, "install", "-c", pins, *(part for file in files for part in ("-r", file)))
+        pip(env, "install", "-c", tested, *(part for file in files for part in ("-r", file)))
         return
 
     wanted = {import_name(line): line for file in files for line in requirement_lines(file)}
@@ -237,16 +237,27 @@ def install_packages(env):
         say("all packages are there already")
         return
     say("adding only what is missing: " + ", ".join(missing))
-    pins = env.state / "installed.txt"  # nothing that is there may change
+    pins = installed_versions(env)  # nothing that is there may change
+    if (
+        wanted["torch"] in missing
+    ):  # without torch there is nothing that the tested set can clash with
+        lines = (line.split("==") for line in requirement_lines(tested))
+        pins = {**dict(lines), **pins}
+    constraints = env.state / "constraints.txt"
+    constraints.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
+    pip(env, "install", "-c", constraints, *missing)
+
+
+def installed_versions(env):
+    """{normalised name: version} of what the environment's interpreter finds first."""
     code = """
 import importlib.metadata, json
 found = [(d.metadata["Name"], d.version) for d in importlib.metadata.distributions()]
-print(json.dumps({name: version for name, version in reversed(found) if name}))
+print(json.dumps([pair for pair in reversed(found) if all(pair)]))
 """
     standard = re.compile(r"\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?(\+[\w.]+)?")
-    found = env.ask(code).items()
-    pins.write_text("".join(f"{n}=={v}\n" for n, v in found if standard.fullmatch(v)))
-    pip(env, "install", "-c", pins, *missing)
+    found = ((re.sub("[-_.]+", "-", name).lower(), version) for name, version in env.ask(code))
+    return {name: version for name, version in found if standard.fullmatch(version)}
 
 
 def requirement_lines(file):
@@ -270,9 +281,9 @@ def remove_half_installed(site_packages):
 def install_detectron2(env):
     """Unpack the snapshot pinned in requirements/detectron2.txt, unless there is a detectron2.
 
-    The wheel is labelled for Python 3.10, but only one file in it is: the compiled `_C`, which
-    detectron2 can do without. It also has a stray top-level `tools` package. Both are left out
-    (`_C` only where it wouldn't load), and the folder appears in one piece.
+    The wheel is labelled for Python 3.10, but only one file in it is: the compiled `_C`, built for
+    torch 2.3, which detectron2 can do without. It also has a stray top-level `tools` package. Both
+    are left out, and the folder appears in one piece.
     """
     if not env.absent(["detectron2"]):
         say("detectron2 is there already: used as it is")
@@ -287,9 +298,7 @@ def install_detectron2(env):
         *("--require-hashes", "-r", REQUIREMENTS / "detectron2.txt", "-d", work),
     )
     (wheel,) = work.glob("*.whl")
-    compiled_for_this = env.owned.exists() and sys.version_info[:2] == (3, 10)
-    keep_compiled = compiled_for_this and platform.machine() == "x86_64"
-    unpacked = unpack_detectron2(wheel, work / "unpacked", keep_compiled=keep_compiled)
+    unpacked = unpack_detectron2(wheel, work / "unpacked")
     site_packages = env.site_packages()
     for folder in sorted(unpacked.iterdir(), key=lambda path: path.name == "detectron2"):
         shutil.rmtree(site_packages / folder.name, ignore_errors=True)
@@ -298,14 +307,14 @@ def install_detectron2(env):
     shutil.rmtree(work)
 
 
-def unpack_detectron2(wheel, target, *, keep_compiled):
-    """Unpack `detectron2/` and the metadata of `wheel` into the folder `target`, and return it."""
+def unpack_detectron2(wheel, target):
+    """Unpack the pure Python part of detectron2 and its metadata into `target`, and return it."""
 
     def wanted(name):
         top = name.split("/")[0]
         if top != "detectron2" and not top.endswith(".dist-info"):
             return False
-        return keep_compiled or not re.match(r"detectron2/_C\..*so$", name)
+        return not re.match(r"detectron2/_C\..*so$", name)
 
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(target, filter(wanted, archive.namelist()))

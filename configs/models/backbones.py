@@ -20,6 +20,22 @@ resnet50 = dict(
     in_channels=[512, 1024, 2048],
 )
 
+# detectron2's own ResNet (MSRA, Caffe): stride in the first 1x1 convolution; its weights expect
+# BGR in 0..255 minus the mean. Set on the model as well: ``model.update(msra_input)``.
+resnet50_msra = dict(
+    backbone=L(ResNet)(
+        stem=L(BasicStem)(in_channels=3, out_channels=64, norm="FrozenBN"),
+        stages=L(ResNet.make_default_stages)(depth=50, stride_in_1x1=True, norm="FrozenBN"),
+        out_features=["res3", "res4", "res5"],
+        freeze_at=2,
+    ),
+    in_features=["res3", "res4", "res5"],
+    in_channels=[512, 1024, 2048],
+)
+msra_input = dict(
+    pixel_mean=[103.53, 116.28, 123.675], pixel_std=[1.0, 1.0, 1.0], input_format="BGR"
+)
+
 swin_tiny = dict(
     backbone=L(build_swin)(
         embed_dim=96,
@@ -32,4 +48,46 @@ swin_tiny = dict(
     ),
     in_features=["p1", "p2", "p3"],
     in_channels=[192, 384, 768],
+)
+
+# The other sizes, trained from their first layer on; 384 is the size of the pre-training images.
+swin_small = dict(
+    backbone=L(build_swin)(
+        embed_dim=96,
+        depths=[2, 2, 18, 2],
+        num_heads=[3, 6, 12, 24],
+        window_size=7,
+        drop_path_rate=0.2,
+        out_indices=[1, 2, 3],
+    ),
+    in_features=["p1", "p2", "p3"],
+    in_channels=[192, 384, 768],
+)
+
+swin_base_384 = dict(
+    backbone=L(build_swin)(
+        embed_dim=128,
+        depths=[2, 2, 18, 2],
+        num_heads=[4, 8, 16, 32],
+        window_size=12,
+        drop_path_rate=0.2,
+        out_indices=[1, 2, 3],
+        pretrain_img_size=384,
+    ),
+    in_features=["p1", "p2", "p3"],
+    in_channels=[256, 512, 1024],
+)
+
+swin_large_384 = dict(
+    backbone=L(build_swin)(
+        embed_dim=192,
+        depths=[2, 2, 18, 2],
+        num_heads=[6, 12, 24, 48],
+        window_size=12,
+        drop_path_rate=0.2,
+        out_indices=[1, 2, 3],
+        pretrain_img_size=384,
+    ),
+    in_features=["p1", "p2", "p3"],
+    in_channels=[384, 768, 1536],
 )

@@ -65,3 +65,12 @@ def test_scatter_sends_gradients_to_the_update_and_to_untouched_tokens_only():
     scatter_tokens(x, index, update, keep).sum().backward()
     assert x.grad[0, :, 0].tolist() == [1, 1, 0, 1, 0]
     assert update.grad[0, :, 0].tolist() == [1, 0, 1]
+
+
+def test_scatter_in_place_writes_the_same_into_the_tensor_itself():
+    x, update = torch.randn(2, 10, 3), torch.randn(2, 3, 3)
+    index = torch.tensor([[3, 1, 7], [0, 9, 4]])
+    keep = torch.tensor([[True, True, False], [True, False, True]])
+    wanted = scatter_tokens(x, index, update, keep)
+    found = scatter_tokens(x, index, update, keep, in_place=True)
+    assert found.data_ptr() == x.data_ptr() and torch.equal(x, wanted)

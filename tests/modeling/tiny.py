@@ -34,8 +34,14 @@ def shrink(model: DictConfig, num_classes: int = 3) -> DictConfig:
     transformer = model.transformer
     transformer.embed_dim = 32
     transformer.encoder.num_layers = 2
+    if "layer_ratios" in transformer.encoder:
+        transformer.encoder.layer_ratios = transformer.encoder.layer_ratios[:2]
+    if "num_blocks" in transformer.encoder:
+        transformer.encoder.num_blocks = 1
     transformer.decoder.num_layers = 2
     transformer.query_selection.num_queries = 8
+    if "num_one_to_many" in transformer.query_selection:
+        transformer.query_selection.num_one_to_many = 12
     for layer, attention in (
         (transformer.encoder.layer, "attention"),
         (transformer.decoder.layer, "cross_attention"),

@@ -199,10 +199,11 @@ def _compare_predictions(case: Case, model, output) -> None:
         case.compare("valid_token_nums", valid.sum(1))
     if "aux_enc_logits" in case.arrays:
         where = case.array("aux_enc_pos").long()
-        sets = output.encoded.predictions
-        case.compare("aux_enc_logits", torch.stack([p.logits[:, where] for p in sets]))
-        case.compare("aux_enc_boxes", torch.stack([p.boxes[:, where] for p in sets]))
-        case.compare("aux_enc_token", output.encoded.selected[:, where])
+        sets = output.encoded.predictions.values()
+        case.compare("aux_enc_logits", torch.stack([logits[:, where] for logits, _ in sets]))
+        case.compare("aux_enc_boxes", torch.stack([boxes[:, where] for _, boxes in sets]))
+        if output.encoded.selected is not None:
+            case.compare("aux_enc_token", output.encoded.selected[:, where])
     _compare_detections(case, output)
 
 

@@ -64,7 +64,9 @@ def run_attention_map(case: Case) -> None:
     mask = case.array("padding_mask")
     counts = ((~mask).sum(1) * torch.tensor(case.config["rho"], dtype=torch.float32)).int() + 1
     case.compare("sparse_token_nums", counts)
-    target = attention_map_target(attention_map, mask, counts)
+    target = attention_map_target(
+        attention_map, mask, torch.arange(int(counts.max())) < counts[:, None]
+    )
     case.compare("dam_target", target)
     logits = case.drawn("logits").requires_grad_()
     masked = torch.where(mask, logits.min(), logits)

@@ -54,6 +54,46 @@ _DEFORMABLE: list[Rule] = [
     (r"^transformer\.enc_mask_predictor\.", "transformer.encoder.scorer."),
 ]
 
+# IDEA-Research/DINO and IDEA-Research/Lite-DETR: the names of Deformable DETR and some more.
+_DINO: list[Rule] = [
+    *_DEFORMABLE,
+    # the feed-forward network of Lite DETR's low-level tokens
+    (r"^(transformer\.encoder\.layers\.\d+\.)linear([12])2\.", r"\1low_ffn.linear\2."),
+    (r"^(transformer\.encoder\.layers\.\d+\.)norm22\.", r"\1low_ffn.norm."),
+    (r"^transformer\.decoder\.ref_point_head\.", "transformer.decoder.position_mlp."),
+    (r"^transformer\.tgt_embed\.", "transformer.query_selection.content."),
+    (r"^transformer\.enc_out_class_embed\.", "transformer.proposal_head.class_head."),
+    (r"^transformer\.enc_out_bbox_embed\.", "transformer.proposal_head.box_head."),
+    (r"^label_enc\.", "transformer.denoising.label_embed."),
+]
+
+# IDEA-Research/detrex and huawei-noah/noah-research: DINO and Focus-DETR.
+_DETREX: list[Rule] = [
+    (r"^neck\.convs\.(\d+)\.conv\.", r"neck.convs.\1."),
+    (r"^neck\.convs\.(\d+)\.norm\.", r"neck.norms.\1."),
+    (r"^transformer\.level_embeds$", "transformer.level_embed"),
+    (r"^transformer\.tgt_embed\.", "transformer.query_selection.content."),
+    (r"^transformer\.enc_output\.", "transformer.proposal_head.projection."),
+    (r"^transformer\.enc_output_norm\.", "transformer.proposal_head.norm."),
+    (r"^transformer\.alpha$", "transformer.encoder.foreground.alpha"),
+    (r"^transformer\.enc_mask_predictor\.", "transformer.encoder.foreground.scorer."),
+    # the encoder: dense layers have one attention, Focus-DETR's two
+    (r"^(transformer\.encoder\.layers\.\d+\.)attentions\.0\.attn\.", r"\1object_attention."),
+    (r"^(transformer\.encoder\.layers\.\d+\.)attentions\.[01]\.", r"\1attention."),
+    (r"^(transformer\.encoder\.layers\.\d+\.)norm2\.", r"\1object_norm."),
+    (r"^(transformer\.encoder\.layers\.\d+\.)norms\.0\.", r"\1norm."),
+    (r"^(transformer\.encoder\.layers\.\d+\.)norms\.1\.", r"\1ffn.norm."),
+    (r"^(transformer\.decoder\.layers\.\d+\.)attentions\.0\.attn\.", r"\1self_attention."),
+    (r"^(transformer\.decoder\.layers\.\d+\.)attentions\.1\.", r"\1cross_attention."),
+    (r"^(transformer\.decoder\.layers\.\d+\.)norms\.0\.", r"\1self_norm."),
+    (r"^(transformer\.decoder\.layers\.\d+\.)norms\.1\.", r"\1cross_norm."),
+    (r"^(transformer\.decoder\.layers\.\d+\.)norms\.2\.", r"\1ffn.norm."),
+    (r"^(transformer\.\w+\.layers\.\d+\.)ffns\.0\.layers\.0\.0\.", r"\1ffn.linear1."),
+    (r"^(transformer\.\w+\.layers\.\d+\.)ffns\.0\.layers\.1\.", r"\1ffn.linear2."),
+    (r"^transformer\.decoder\.ref_point_head\.", "transformer.decoder.position_mlp."),
+    (r"^label_enc\.", "transformer.denoising.label_embed."),
+]
+
 
 @dataclass
 class ConversionReport:
@@ -119,6 +159,13 @@ def convert_state_dict(
         report.ignored[key] = "not used by this model"
         del renamed[key]
     renamed = _fit_classes(renamed, expected, model, report)
+    high = getattr(model.transformer.encoder, "num_high_levels", None)
+    if high is not None:
+        report.notes.append(
+            f"model.transformer.encoder.num_high_levels={high} comes from the config, the weights "
+            "do not tell: published checkpoints named H3L1 (s3) have 3, H2L2 (s2) have 2; a wrong "
+            "value loads without an error and costs AP"
+        )
     report.missing = [k for k in expected if k not in renamed]
     report.unexpected = [k for k in renamed if k not in expected]
     return renamed, report
@@ -165,12 +212,22 @@ def _deformable_special(key: str, model: nn.Module):
     if match := re.match(r"(class|bbox)_embed\.(\d+)\.(.*)", key):
         return _head_name(match[1], int(match[2]), match[3], model)
     if key == "query_embed.weight":
-        return _split_query_embed
+        if isinstance(getattr(model.transformer.query_selection, "position", None), nn.Embedding):
+            return _split_query_embed
+        return "transformer.query_selection.content.weight"
     return NotImplemented
 
 
+def _detrex_special(key: str, model: nn.Module):
+    if re.match(r"(transformer\.encoder\.)?enhance_MCSP", key):
+        return None
+    if match := re.match(r"neck\.extra_convs\.(\d+)\.(conv|norm)\.(.*)", key):
+        return f"neck.{match[2]}s.{int(match[1]) + model.neck.num_inputs}.{match[3]}"
+    return _deformable_special(key, model)
+
+
 def _split_query_embed(weight: Tensor) -> list[tuple[str, Tensor]]:
-    """(Q, 2C): positions, then contents; (Q, C): contents only."""
+    """(Q, 2C): positions, then contents."""
     prefix = "transformer.query_selection."
     position, content = weight.chunk(2, dim=1)
     return [(prefix + "position.weight", position), (prefix + "content.weight", content)]
@@ -187,8 +244,9 @@ def _fit_classes(
     for key, value in renamed.items():
         if key not in expected or value.shape == expected[key].shape:
             continue
-        if value.shape[0] in (91, 92) and expected[key].shape[0] == len(COCO_CATEGORY_IDS):
-            rows = torch.tensor(COCO_CATEGORY_IDS)
+        extra = int(value.shape[0] == 92)  # denoising labels end with one that is never drawn
+        if value.shape[0] == 91 + extra and expected[key].shape[0] in (80, 80 + extra):
+            rows = torch.tensor(COCO_CATEGORY_IDS + [91])[: expected[key].shape[0]]
             if "proposal_head" in key and model.transformer.proposal_head.class_agnostic:
                 rows[0] = 0  # the foreground score
             out[key] = value[rows]
@@ -197,9 +255,23 @@ def _fit_classes(
 
 
 FAMILIES: dict[str, _Family] = {
+    "dino": _Family(
+        marker=r"transformer\.(enc_out_class_embed|encoder\.layers\.\d+\.(linear12"
+        r"|self_attn\.query_proj))\.",
+        rules=_DINO,
+        special=_deformable_special,
+        # Published key-unaware attention has query projections that it never calls.
+        optional=r"^transformer\.denoising\.|attention\.query_proj\.",
+    ),
     "deformable": _Family(
         marker=r"transformer\.encoder\.layers\.\d+\.self_attn\.",
         rules=_DEFORMABLE,
         special=_deformable_special,
+    ),
+    "detrex": _Family(
+        marker=r"transformer\.encoder\.layers\.\d+\.attentions\.",
+        rules=_DETREX,
+        special=_detrex_special,
+        optional=r"^transformer\.denoising\.",  # only training uses it
     ),
 }

@@ -4,18 +4,23 @@ from .attention import MSDeformAttn
 from .backbone import build_dilated_resnet, build_swin
 from .criterion import Predictions, SetCriterion
 from .decoder import DecoderOutput, DeformableDecoder, DeformableDecoderLayer
+from .denoising import ContrastiveDenoising
 from .encoder import DeformableEncoderLayer, DenseEncoder, Encoder, EncoderOutput
 from .heads import DetectionHeads
+from .hybrid import HybridQueries
 from .layers import ChannelMapper, SinePosition
 from .matcher import HungarianMatcher, Target
 from .meta_arch import DINO, DeformableDETR, FocusDETR, LiteDETR, SetDetector, SparseDETR
 from .proposals import LearnedQueries, MixedQueries, ProposalHead, ProposalQueries
+from .strategies.key_aware import KeyAwareDeformAttn
+from .strategies.lite import LiteEncoder, LiteEncoderLayer
 from .tokens import Tokens
 from .transformer import DetectionTransformer, TransformerOutput
 
 __all__ = [
     "DINO",
     "ChannelMapper",
+    "ContrastiveDenoising",
     "DecoderOutput",
     "DeformableDETR",
     "DeformableDecoder",
@@ -28,8 +33,12 @@ __all__ = [
     "EncoderOutput",
     "FocusDETR",
     "HungarianMatcher",
+    "HybridQueries",
+    "KeyAwareDeformAttn",
     "LearnedQueries",
     "LiteDETR",
+    "LiteEncoder",
+    "LiteEncoderLayer",
     "MSDeformAttn",
     "MixedQueries",
     "Predictions",

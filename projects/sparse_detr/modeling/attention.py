@@ -56,37 +56,66 @@ def initial_offsets(num_heads: int, num_levels: int, num_points: int) -> Tensor:
     return offsets.expand(-1, num_levels, -1, -1).flatten()
 
 
-class MSDeformAttn(nn.Module):
-    """Multi-scale deformable attention with its four projections."""
+class DeformableSampling(nn.Module):
+    """What every deformable attention has: projections of values and outputs, learned offsets.
+
+    Args:
+        shared_offsets: a head's P offsets, in cells, are the same on all levels.
+    """
 
     def __init__(self, *, embed_dim: int = 256, num_heads: int = 8, num_levels: int = 4,
-                 num_points: int = 4):
+                 num_points: int = 4, shared_offsets: bool = False):
         super().__init__()
         if embed_dim % num_heads:
             raise ValueError(
-                f"MSDeformAttn: embed_dim={embed_dim} must be a multiple of num_heads={num_heads}"
+                f"{type(self).__name__}: embed_dim={embed_dim} must be a multiple of "
+                f"num_heads={num_heads}"
             )
         self.num_heads = num_heads
         self.num_levels = num_levels
         self.num_points = num_points
-        samples = num_heads * num_levels * num_points
-        self.sampling_offsets = nn.Linear(embed_dim, samples * 2)
-        self.attention_weights = nn.Linear(embed_dim, samples)
+        self.shared_offsets = shared_offsets
+        points = num_heads * self._offset_levels * num_points
+        self.sampling_offsets = nn.Linear(embed_dim, points * 2)
         self.value_proj = nn.Linear(embed_dim, embed_dim)
         self.output_proj = nn.Linear(embed_dim, embed_dim)
-        self.init_weights()
+
+    @property
+    def _offset_levels(self) -> int:
+        return 1 if self.shared_offsets else self.num_levels
 
     def init_weights(self) -> None:
         nn.init.zeros_(self.sampling_offsets.weight)
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(
-                initial_offsets(self.num_heads, self.num_levels, self.num_points)
+                initial_offsets(self.num_heads, self._offset_levels, self.num_points)
             )
-        nn.init.zeros_(self.attention_weights.weight)
-        nn.init.zeros_(self.attention_weights.bias)
         for projection in (self.value_proj, self.output_proj):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
+
+    def offsets(self, query: Tensor) -> Tensor:
+        """(B, Q, C) -> (B, Q, M, L, P, 2), see ``sampling_locations``."""
+        offsets = self.sampling_offsets(query).unflatten(
+            -1, (self.num_heads, self._offset_levels, self.num_points, 2)
+        )
+        return offsets.expand(-1, -1, -1, self.num_levels, -1, -1)
+
+
+class MSDeformAttn(DeformableSampling):
+    """Multi-scale deformable attention: weights are a linear function of the query."""
+
+    def __init__(self, *, embed_dim: int = 256, num_heads: int = 8, num_levels: int = 4,
+                 num_points: int = 4, shared_offsets: bool = False):
+        super().__init__(embed_dim=embed_dim, num_heads=num_heads, num_levels=num_levels,
+                         num_points=num_points, shared_offsets=shared_offsets)
+        self.attention_weights = nn.Linear(embed_dim, num_heads * num_levels * num_points)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
 
     def forward(self, query: Tensor, reference: Tensor, value: Tensor, shapes: LevelShapes,
                 mask: Tensor | None = None, record: bool = False) -> tuple[Tensor, Samples | None]:
@@ -102,14 +131,10 @@ class MSDeformAttn(nn.Module):
         Returns:
             (B, Q, C) and the samples, or None unless ``record``.
         """
-        batch, num_queries, _ = query.shape
         value = project_value(self.value_proj, value, mask, self.num_heads)  # (B, N, M, D)
-        offsets = self.sampling_offsets(query).view(
-            batch, num_queries, self.num_heads, self.num_levels, self.num_points, 2
-        )
-        logits = self.attention_weights(query).view(
-            batch, num_queries, self.num_heads, self.num_levels * self.num_points
-        )
+        offsets = self.offsets(query)  # (B, Q, M, L, P, 2)
+        logits = self.attention_weights(query)
+        logits = logits.unflatten(-1, (self.num_heads, -1))  # (B, Q, M, L * P)
         if not record:
             out = ms_deform_attn_fused(value, shapes, reference, offsets, logits)
             return self.output_proj(out), None

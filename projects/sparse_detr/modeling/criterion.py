@@ -30,9 +30,10 @@ class Predictions:
         boxes: (B, Q, 4) cxcywh in [0, 1] of the unpadded image.
         suffix: appended to the loss names, e.g. ``_0`` or ``_enc``.
         class_agnostic: objects count as class 0 whatever they are.
-        repeat: each object may be matched by this many predictions (H-DETR's one-to-many branch).
+        repeat: each object may be matched by this many predictions (H-DETR's one-to-many branch)
+            and counts that often.
         matches: the assignment where it is known without matching (denoising).
-        normalizer: multiplies the number of objects the losses are divided by.
+        normalizer: multiplies the number of objects, at least 1, that the losses are divided by.
         weight: multiplies this set's loss weights.
     """
 
@@ -69,7 +70,7 @@ class SetCriterion(nn.Module):
 
     def forward(self, predictions: Sequence[Predictions], targets: Sequence[Target]
                 ) -> dict[str, Tensor]:
-        """Weighted losses ``loss_class``, ``loss_bbox`` and ``loss_giou`` with each set's suffix."""
+        """Weighted ``loss_class``, ``loss_bbox`` and ``loss_giou`` with each set's suffix."""
         losses = {}
         for name, value, weight in self.losses(predictions, targets):
             losses[name] = value * weight
@@ -79,14 +80,14 @@ class SetCriterion(nn.Module):
                ) -> list[tuple[str, Tensor, float]]:
         """(name, unweighted loss, weight) for every loss of every set."""
         matches = self.match(predictions, targets)
-        num_boxes = self._num_boxes(targets, predictions[0].boxes)
+        count = self._num_boxes(targets, predictions[0].boxes)
         out = []
         for prediction, match in zip(predictions, matches):
             labels, boxes = _concatenate(_targets_of(prediction, targets))
             for name, value in self._set_losses(prediction, match, labels, boxes).items():
                 out.append((
                     name + prediction.suffix,
-                    value / (num_boxes * prediction.normalizer),
+                    value / ((count * prediction.repeat).clamp(min=1) * prediction.normalizer),
                     self.weights[name] * prediction.weight,
                 ))
         return out
@@ -119,12 +120,12 @@ class SetCriterion(nn.Module):
 
     @staticmethod
     def _num_boxes(targets: Sequence[Target], like: Tensor) -> Tensor:
-        """Objects per process, averaged over all processes, at least 1."""
+        """Objects per process, averaged over all processes."""
         count = like.new_tensor(float(sum(len(t.labels) for t in targets)))
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(count)
             count = count / comm.get_world_size()
-        return count.clamp(min=1)
+        return count
 
 
 def _targets_of(prediction: Predictions, targets: Sequence[Target]) -> list[Target]:

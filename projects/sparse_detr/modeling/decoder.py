@@ -25,7 +25,8 @@ class DecoderOutput:
 
     logits: per layer (B, Q, num_classes).
     boxes: per layer (B, Q, 4) cxcywh in [0, 1] of the unpadded image.
-    samples: per layer, where the cross attention looked; empty unless recorded.
+    samples: per layer, where the cross attention of the detection queries looked; empty unless
+        recorded.
     states: per layer (B, Q, C), what the heads read.
     references: per layer (B, Q, 2 or 4), what the cross attention looked around.
     """

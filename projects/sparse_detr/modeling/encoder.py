@@ -17,7 +17,6 @@ from .layers import FFN
 from .tokens import LevelShapes, Tokens
 
 if TYPE_CHECKING:
-    from .criterion import Predictions
     from .decoder import DecoderOutput
     from .proposals import ProposalHead
 
@@ -32,7 +31,8 @@ class EncoderOutput:
         selected_mask: (B, K) bool, True for the entries of ``selected`` that belong to the image's
             own budget; None if all do.
         scores: (B, N) the ranking behind ``selected``, or None.
-        predictions: auxiliary predictions, matched and penalised like a decoder layer's.
+        predictions: auxiliary (logits (B, K, num_classes), boxes (B, K, 4)) by the suffix of their
+            losses, matched and penalised like a decoder layer's.
         intermediate: tensors that only the strategy's own ``losses`` reads.
     """
 
@@ -40,7 +40,7 @@ class EncoderOutput:
     selected: Tensor | None = None
     selected_mask: Tensor | None = None
     scores: Tensor | None = None
-    predictions: list[Predictions] = field(default_factory=list)
+    predictions: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     intermediate: Mapping[str, object] = field(default_factory=dict)
 
 

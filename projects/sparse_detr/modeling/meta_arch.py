@@ -117,7 +117,8 @@ class SetDetector(nn.Module):
                ) -> TransformerOutput:
         """``detect`` from the backbone's maps (B, C_i, H_i, W_i) on."""
         maps = self.neck(features)
-        mask = features[0].new_ones((len(image_sizes), *padded_size))
+        # On the CPU: how many tokens an image has is then known without waiting for the device.
+        mask = torch.ones((len(image_sizes), *padded_size), dtype=torch.uint8)
         for image, (height, width) in enumerate(image_sizes):
             mask[image, :height, :width] = 0
         masks = [F.interpolate(mask[None], size=m.shape[-2:])[0].bool() for m in maps]

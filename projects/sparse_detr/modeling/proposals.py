@@ -132,11 +132,16 @@ class QuerySelection(nn.Module):
         self.num_queries = num_queries
         self.skip_invalid = skip_invalid
 
+    @property
+    def num_selected(self) -> int:
+        """How many tokens become queries."""
+        return self.num_queries
+
     def select(self, scores: Tensor, invalid: Tensor) -> Tensor:
         """Scores and validity (B, N) -> (B, Q) best tokens; Q shrinks to N on smaller images."""
         if self.skip_invalid:
             scores = scores.masked_fill(invalid, float("-inf"))
-        return scores.topk(min(self.num_queries, scores.shape[1]), dim=1).indices
+        return scores.topk(min(self.num_selected, scores.shape[1]), dim=1).indices
 
 
 class LearnedQueries(QuerySelection):

@@ -32,6 +32,7 @@ class Tokens:
         reference_points: (B, N, L, 2) centre of each token's cell, seen from every level, in
             [0, 1] of the padded map (cells in the padding may exceed 1).
         has_padding: False when no image of the batch is padded, known without looking at ``mask``.
+        counts: unpadded tokens of each image, where that is known without waiting for the device.
     """
 
     features: Tensor
@@ -41,11 +42,17 @@ class Tokens:
     valid_ratios: Tensor
     reference_points: Tensor
     has_padding: bool
+    counts: tuple[int, ...] | None = None
 
     @property
     def value_mask(self) -> Tensor | None:
         """The mask for attention values, or None where there is nothing to mask."""
         return self.mask if self.has_padding else None
+
+    @property
+    def valid_counts(self) -> tuple[int, ...]:
+        """Unpadded tokens of each image, as Python ints."""
+        return (~self.mask).sum(1).tolist() if self.counts is None else self.counts
 
     @property
     def level_starts(self) -> tuple[int, ...]:
@@ -108,21 +115,38 @@ def encoder_reference_points(shapes: LevelShapes, valid_ratios: Tensor) -> Tenso
     return torch.cat(points, dim=1)[:, :, None] * valid_ratios[:, None]  # (B, N, L, 2)
 
 
+def token_budgets(tokens: Tokens, keep_ratio: float) -> tuple[Tensor, int]:
+    """How many tokens each image keeps: ``int(keep_ratio * valid) + 1`` of its ``valid`` ones.
+
+    The product is rounded to float32, as published, and an image never keeps more than it has.
+
+    Returns:
+        (B,) int64 budgets and their maximum K as a Python int, without waiting for the device
+        where ``tokens.counts`` is known.
+    """
+    valid = torch.tensor(tokens.valid_counts)
+    budgets = torch.minimum((valid.float() * keep_ratio).long() + 1, valid)
+    return budgets.to(tokens.mask.device, non_blocking=True), int(budgets.max())
+
+
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """``x[b, index[b, k]]``: (B, N, ...) and (B, K) int64 -> (B, K, ...)."""
     batch = torch.arange(index.shape[0], device=index.device)[:, None]
     return x[batch, index]
 
 
-def scatter_tokens(x: Tensor, index: Tensor, update: Tensor, keep: Tensor | None = None) -> Tensor:
+def scatter_tokens(x: Tensor, index: Tensor, update: Tensor, keep: Tensor | None = None,
+                   in_place: bool = False) -> Tensor:
     """A copy of ``x`` (B, N, C) with ``update`` (B, K, C) written at ``index`` (B, K).
 
     Args:
         keep: (B, K) bool; rows that are False are not written. ``index`` must not repeat a token
             among the rows that are written.
+        in_place: write into ``x`` itself; not where autograd still needs it.
     """
-    index = index[..., None].expand_as(update)  # (B, K, C)
+    batch = torch.arange(index.shape[0], device=index.device)[:, None]
+    update = update.to(x.dtype)
     if keep is not None:
         # Rows that are not kept write back what is there: one scatter, no per-image loop.
-        update = torch.where(keep[..., None], update, x.gather(1, index))
-    return x.scatter(1, index, update.to(x.dtype))
+        update = torch.where(keep[..., None], update, x[batch, index])
+    return (x.index_put_ if in_place else x.index_put)((batch, index), update)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .attention import Samples
 from .criterion import Predictions
 from .decoder import DecoderOutput, DeformableDecoder
 from .encoder import Encoder, EncoderOutput
@@ -98,7 +99,8 @@ class DetectionTransformer(nn.Module):
 
         Args:
             maps: per level (B, C, H_l, W_l).
-            masks: per level (B, H_l, W_l) bool, True on padding.
+            masks: per level (B, H_l, W_l) bool, True on padding; on the CPU they spare strategies
+                that count tokens a wait for the device.
             has_padding: False promises that no mask holds True.
             targets: objects of each image, needed for denoising in training.
         """
@@ -113,6 +115,7 @@ class DetectionTransformer(nn.Module):
             record=self.training and self.encoder.needs_decoder_samples,
         )
         detected = _slices(queries.groups)[[g.suffix for g in queries.groups].index("")]
+        decoded.samples = [Samples(*(x[:, detected] for x in s)) for s in decoded.samples]
         return TransformerOutput(
             logits=decoded.logits[-1][:, detected], boxes=decoded.boxes[-1][:, detected],
             tokens=tokens, encoded=encoded, proposals=proposals, decoded=decoded,
@@ -122,6 +125,8 @@ class DetectionTransformer(nn.Module):
     def tokenize(self, maps: Sequence[Tensor], masks: Sequence[Tensor],
                  has_padding: bool = True) -> Tokens:
         """Flatten maps (B, C, H_l, W_l) and masks (B, H_l, W_l), finest level first."""
+        counts = _valid_counts(masks, has_padding)
+        masks = [m.to(maps[0].device, non_blocking=True) for m in masks]
         shapes = tuple(tuple(m.shape[-2:]) for m in maps)
         features = flatten_levels(maps)
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
@@ -132,7 +137,7 @@ class DetectionTransformer(nn.Module):
         valid_ratios = valid_sizes(masks).to(dtype) / cells  # (B, L, 2)
         return Tokens(
             features=features, position=position, mask=flatten_levels(masks), shapes=shapes,
-            valid_ratios=valid_ratios, has_padding=has_padding,
+            valid_ratios=valid_ratios, has_padding=has_padding, counts=counts,
             reference_points=encoder_reference_points(shapes, valid_ratios),
         )
 
@@ -153,7 +158,18 @@ class DetectionTransformer(nn.Module):
                 output.proposals.logits, output.proposals.boxes, suffix="_enc",
                 class_agnostic=self.proposal_head.class_agnostic,
             ))
-        return sets + output.encoded.predictions
+        for suffix, (logits, boxes) in output.encoded.predictions.items():
+            sets.append(Predictions(logits, boxes, suffix=suffix))
+        return sets
+
+
+def _valid_counts(masks: Sequence[Tensor], has_padding: bool) -> tuple[int, ...] | None:
+    """Unpadded tokens of each image, or None if only the device knows."""
+    if not has_padding:
+        return (sum(m[0].numel() for m in masks),) * masks[0].shape[0]
+    if masks[0].device.type != "cpu":
+        return None
+    return tuple(sum((~m).flatten(1).sum(1) for m in masks).tolist())
 
 
 def _slices(groups: Sequence[QueryGroup]) -> list[slice]:

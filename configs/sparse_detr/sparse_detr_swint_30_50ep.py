@@ -1,0 +1,17 @@
+"""Sparse DETR, Swin-T, keep ratio 30 %: 49.1 AP published (Sparse DETR, Table 1)."""
+
+from sparse_detr.modeling import SparseDETR
+
+from ..deformable_detr.deformable_detr_swint_efficient_50ep import (
+    dataloader,
+    lr_multiplier,
+    model,
+    optimizer,
+    train,
+)
+from ..encoders.sparse import encoder as _encoder
+
+train.output_dir = "./output/sparse_detr_swint_30_50ep"
+model._target_ = SparseDETR
+model.transformer.encoder = _encoder
+model.transformer.encoder.keep_ratio = 0.3

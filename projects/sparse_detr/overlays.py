@@ -1,0 +1,152 @@
+"""Pictures of an encoder's choice, level by level: kept tokens, scores, the decoder's attention.
+
+All pictures are of one image that was alone in its batch, so that the levels cover it exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+from .kernels import attention_map_splat
+from .modeling import TransformerOutput
+from .visualize import side_by_side
+
+TITLE_HEIGHT = 18  # pixels
+
+
+@contextmanager
+def recorded_output(model: nn.Module) -> Iterator[list[TransformerOutput]]:
+    """Within it, what ``model``'s transformer computes in each call is appended to the list, with
+    the decoder's samples, which inference otherwise does not keep.
+
+    Args:
+        model: a ``SetDetector``.
+    """
+    outputs: list[TransformerOutput] = []
+    transformer = model.transformer
+
+    def record(module: nn.Module, args: tuple) -> tuple:
+        return *args[:-1], True  # the last argument of MSDeformAttn
+
+    handles = [transformer.register_forward_hook(lambda _, __, output: outputs.append(output))]
+    handles += [layer.cross_attention.register_forward_pre_hook(record)
+                for layer in transformer.decoder.layers]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def attention_map(output: TransformerOutput) -> Tensor:
+    """(B, N) how much the decoder looks at each token; needs recorded samples."""
+    samples = output.decoded.samples
+    return attention_map_splat(
+        [s.locations for s in samples], [s.weights for s in samples], output.tokens.shapes
+    )
+
+
+def enlarge(level: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H_l, W_l) cells -> (height, width) pixels: every pixel shows the cell it lies in."""
+    rows, columns = (
+        ((np.arange(pixels) + 0.5) / pixels * cells).astype(int)
+        for pixels, cells in zip(size, level.shape, strict=True)
+    )
+    return level[rows[:, None], columns[None]]
+
+
+def draw_kept(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The image, dark and grey where a level's token is not kept.
+
+    Args:
+        image: (H, W, 3) uint8; kept: (H_l, W_l) bool.
+    """
+    shown = enlarge(kept, image.shape[:2])[..., None]
+    grey = image.mean(-1, keepdims=True) * 0.3
+    return np.where(shown, image, grey).astype(np.uint8)
+
+
+def draw_heat(image: np.ndarray, level: np.ndarray, low: float, high: float) -> np.ndarray:
+    """A level's values in colour over the grey image: ``low`` is dark blue, ``high`` yellow.
+
+    Args:
+        image: (H, W, 3) uint8; level: (H_l, W_l).
+    """
+    values = np.clip((level - low) / max(high - low, 1e-12), 0, 1)
+    colours = colormaps["viridis"](enlarge(values, image.shape[:2]))[..., :3] * 255
+    return (0.35 * image.mean(-1, keepdims=True) + 0.65 * colours).astype(np.uint8)
+
+
+def draw_tokens(image: np.ndarray, output: TransformerOutput, *,
+                detected: np.ndarray | None = None) -> np.ndarray:
+    """A sheet of pictures: one row per quantity, one column per level, finest first.
+
+    Rows are what there is: kept tokens and scores of an encoder that chooses, the decoder attention
+    map where its samples were recorded. Colours are the same in all levels of a row.
+
+    Args:
+        image: (H, W, 3) uint8 RGB, in any resolution.
+        output: of a batch with this image alone.
+        detected: (H, W, 3) uint8, a picture to put in front.
+
+    Returns:
+        (height, width, 3) uint8 RGB.
+    """
+    encoded, shapes = output.encoded, output.tokens.shapes
+    if output.tokens.mask.shape[0] != 1 or output.tokens.has_padding:
+        raise ValueError("draw_tokens shows one image without padding: run the images one by one")
+    rows = []
+    if encoded.selected is not None:
+        kept = torch.zeros_like(output.tokens.mask[0]).index_fill_(0, encoded.selected[0], True)
+        levels = _levels(kept, shapes)
+        share = float(kept.float().mean())
+        rows.append([
+            (f"level {i}: {int(level.sum())} of {level.size} kept"
+             + (f" (all levels: {share:.0%})" if i == 0 else ""), draw_kept(image, level))
+            for i, level in enumerate(levels)
+        ])
+    if encoded.scores is not None:
+        rows.append(_heat_row("score", image, encoded.scores[0], shapes))
+    if output.decoded.samples:
+        rows.append(_heat_row("decoder attention", image, attention_map(output)[0], shapes))
+    if not rows:
+        raise ValueError(
+            "nothing to draw: the encoder keeps all tokens, and no decoder samples were recorded "
+            "(run the model within recorded_output)"
+        )
+    if detected is not None:
+        blank = ("", np.full_like(detected, 255))
+        rows = [[blank if i else ("detections", detected), *row] for i, row in enumerate(rows)]
+    return np.concatenate([side_by_side([_titled(*entry) for entry in row]) for row in rows])
+
+
+def _levels(values: Tensor, shapes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """(N,) -> per level (H_l, W_l)."""
+    parts = values.detach().cpu().split([h * w for h, w in shapes])
+    return [part.view(shape).numpy() for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _heat_row(name: str, image: np.ndarray, values: Tensor, shapes: Sequence[tuple[int, int]]
+              ) -> list[tuple[str, np.ndarray]]:
+    """One picture per level; the colours span all but the extreme percent of the values."""
+    low, high = np.percentile(values.detach().cpu().numpy(), (1, 99))
+    return [
+        (f"{name}, level {i}" + (f": {low:.2g} (blue) to {high:.2g}" if i == 0 else ""),
+         draw_heat(image, level, low, high))
+        for i, level in enumerate(_levels(values, shapes))
+    ]
+
+
+def _titled(title: str, picture: np.ndarray) -> np.ndarray:
+    """The picture with a line of text above it."""
+    canvas = Image.new("RGB", (picture.shape[1], picture.shape[0] + TITLE_HEIGHT), "white")
+    canvas.paste(Image.fromarray(picture), (0, TITLE_HEIGHT))
+    ImageDraw.Draw(canvas).text((2, 3), title, fill="black")
+    return np.asarray(canvas)

@@ -1,0 +1,105 @@
+"""Counting multiply-adds and parameters: against closed forms and against the papers."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from detectron2.config import instantiate
+
+from sparse_detr.analysis import analyze
+from sparse_detr.config import get_config
+from sparse_detr.kernels import functional
+
+from .modeling.tiny import tiny_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import analyze_model as tool  # noqa: E402
+
+SPARSE = "sparse_detr/sparse_detr_r50_30_50ep"
+SIZE = (64, 96)
+NUM_TOKENS = 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2
+C, M, L, P, F = 32, 4, 4, 2, 48  # of the tiny models
+
+
+def layer_macs(refreshed, tokens):
+    """A deformable encoder layer: a cost per refreshed token, and the values of all tokens."""
+    samples = M * L * P
+    attention = C * 2 * samples + C * samples + C * C + 4 * C * L * P
+    return refreshed * (attention + 2 * C * F + 2 * 5 * C) + tokens * C * C
+
+
+@pytest.mark.parametrize(("config", "refreshed"), [
+    (SPARSE, int(0.3 * NUM_TOKENS) + 1),
+    ("deformable_detr/deformable_detr_r50_efficient_50ep", NUM_TOKENS),
+])
+def test_an_encoder_layer_costs_what_the_formula_says(config, refreshed):
+    found = analyze(tiny_model(config), SIZE)
+    for layer in (0, 1):
+        name = f"transformer.encoder.layers.{layer}"
+        assert found[name].macs == layer_macs(refreshed, NUM_TOKENS)
+
+
+def test_the_scoring_network_costs_what_the_formula_says():
+    found = analyze(tiny_model(SPARSE), SIZE)
+    per_token = 5 * C + C * C + C * C // 2 + C // 2 * C // 4 + C // 4
+    assert found["transformer.encoder.scorer"].macs == NUM_TOKENS * per_token
+    assert found["transformer.encoder.heads"].macs == 0  # only used in training
+    assert found["transformer.encoder.heads"].trainable > 0
+
+
+@pytest.mark.parametrize("compiled_or_fallback", [True, False])
+def test_the_count_does_not_depend_on_the_implementation_of_the_op(
+    compiled_or_fallback, monkeypatch
+):
+    found = analyze(tiny_model(SPARSE), SIZE)
+    monkeypatch.setattr(functional.build, "is_unavailable", lambda _: not compiled_or_fallback)
+    again = analyze(tiny_model(SPARSE), SIZE)
+    assert found.modules == again.modules and found.operators == again.operators
+
+
+def test_modules_are_a_partition_of_the_whole():
+    model = tiny_model(SPARSE)
+    found = analyze(model, SIZE)
+    for parent, module in model.named_modules():
+        children = [f"{parent}.{name}".lstrip(".") for name, _ in module.named_children()]
+        if parent in ("", "transformer", "transformer.encoder"):
+            assert sum(found[name].macs for name in children) == pytest.approx(
+                found[parent].macs, rel=0.01)  # resized masks and the like belong to the parent
+    assert sum(found.operators.values()) == found.total.macs
+    assert found.total.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny_model(SPARSE).train()
+    model.backbone.eval()
+    analyze(model, SIZE)
+    assert model.training and not model.backbone.training
+
+
+def test_an_empty_image_is_refused():
+    with pytest.raises(ValueError, match="size=0x96 must be positive"):
+        analyze(tiny_model(), (0, 96))
+
+
+def test_the_tool_prints_a_table_and_writes_json(tmp_path, capsys, monkeypatch):
+    arguments = ["--config-file", "quick/deformable_detr_shapes", "--size", "64x96",
+                 "--json", str(tmp_path / "costs.json"), "model.num_classes=7"]
+    monkeypatch.setattr(sys, "argv", ["analyze_model.py", *arguments])
+    tool.main()
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "costs.json").read_text())
+    assert found["config"] == "quick/deformable_detr_shapes" and found["size"] == [64, 96]
+    assert f"{found['total']['macs'] / 1e9:.3f}" in printed and "transformer.encoder" in printed
+    assert {m["name"] for m in found["modules"]} >= {"", "backbone", "transformer.decoder"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "gmacs"), [
+    ("sparse_detr_r50_10_50ep", 105.35), ("sparse_detr_swint_50_50ep", 143.66),
+])
+def test_the_papers_numbers(config, gmacs):
+    """Of the published code at 800x1066; it evaluates the decoder's heads twice."""
+    model = instantiate(get_config(f"sparse_detr/{config}", ["model.num_classes=91"]).model)
+    found = analyze(model, (800, 1066)).total
+    assert found.macs / 1e9 == pytest.approx(gmacs, rel=0.01)
