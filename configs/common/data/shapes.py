@@ -1,0 +1,24 @@
+"""*Shapes*: small images drawn from a seed, made at first use. For demos and tests, on a CPU."""
+
+from detectron2.config import LazyCall as L
+
+from sparse_detr.data import shapes_dataset
+
+from .coco import dataloader
+
+data = dict(root="./datasets/shapes", seed=0)
+
+dataloader.train.dataset = L(shapes_dataset)(
+    names="shapes_train", root="${data.root}", split="train", seed="${data.seed}"
+)
+dataloader.train.mapper.augmentations.update(
+    short_edges=[144, 160, 176, 192],
+    max_size=256,
+    pre_crop_short_edges=[160, 192, 224],
+    crop_size=[112, 192],
+)
+dataloader.test.dataset = L(shapes_dataset)(
+    names="shapes_val", root="${data.root}", split="val", seed="${data.seed}"
+)
+dataloader.test.mapper.augmentations.update(short_edge=168, max_size=256)
+dataloader.test.batch_size = 8

@@ -1,0 +1,26 @@
+"""AdamW as in Deformable DETR: a tenth of the learning rate for the backbone and sampling points.
+
+The learning rate is that of a total batch of 16; scale it yourself when you change the batch.
+"""
+
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.solver import get_default_optimizer_params
+
+from sparse_detr.engine import EpochSchedule, LRFactors
+
+optimizer = L(torch.optim.AdamW)(
+    params=L(get_default_optimizer_params)(
+        # model: filled in when training starts
+        base_lr="${optimizer.lr}",
+        weight_decay_norm=None,  # None: as for all other weights; 0.0 in DINO
+        lr_factor_func=L(LRFactors)(
+            rules={"backbone": 0.1, "sampling_offsets": 0.1, "reference_points": 0.1}
+        ),
+    ),
+    lr=2e-4,
+    betas=(0.9, 0.999),
+    weight_decay=1e-4,
+)
+
+lr_multiplier = L(EpochSchedule)(milestones=[40], gamma=0.1, warmup_iters=0)

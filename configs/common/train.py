@@ -1,0 +1,16 @@
+"""The ``train`` section that every experiment starts from."""
+
+train = dict(
+    output_dir="./output",
+    init_checkpoint="",  # weights to start from (or to evaluate); see engine/checkpoint.py
+    device="auto",  # the GPU if there is one; or "cuda", "cpu"
+    seed=42,  # -1 draws one
+    epochs=50,
+    max_iter=None,  # iterations; wins over epochs if set
+    eval_period=None,  # iterations; None: once per epoch, 0: only at the end
+    log_period=20,
+    checkpointer=dict(period=None, max_to_keep=5),  # iterations; None: once per epoch
+    amp=dict(enabled=False, dtype="bfloat16"),  # or "float16" (GPU only)
+    clip_grad=dict(enabled=True, max_norm=0.1),  # global L2 norm
+    ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
+)

@@ -1,0 +1,12 @@
+"""Focus-DETR, Swin-T, 12 epochs: 50.0 AP published."""
+
+from ..models.backbones import swin_tiny
+from .focus_detr_r50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
+
+train.init_checkpoint = "./weights/swin_tiny_patch4_window7_224.pth"
+train.output_dir = "./output/focus_detr_swin_tiny_224_4scale_12ep"
+model.backbone = swin_tiny.backbone
+model.in_features = swin_tiny.in_features
+model.neck.in_channels = swin_tiny.in_channels
+model.backbone.drop_path_rate = 0.1
+model.backbone.frozen_stages = -1

@@ -1,0 +1,6 @@
+"""Lite-H-DETR H3L1-(6+1)x1, Swin-T, 36 epochs: 52.7 AP published (Lite DETR, Table 4)."""
+
+from .lite_h_detr_swint_h3l1_2p1x3_36ep import dataloader, lr_multiplier, model, optimizer, train
+
+train.output_dir = "./output/lite_h_detr_swint_h3l1_6p1x1_36ep"
+model.transformer.encoder.num_blocks = 1

@@ -1,0 +1,18 @@
+"""Deformable attention operators: plain PyTorch, C++ for the CPU, CUDA. See README.md."""
+
+from .build import Status, status
+from .functional import (
+    attention_map_splat,
+    key_aware_deform_attn,
+    ms_deform_attn,
+    ms_deform_attn_fused,
+)
+
+__all__ = [
+    "Status",
+    "attention_map_splat",
+    "key_aware_deform_attn",
+    "ms_deform_attn",
+    "ms_deform_attn_fused",
+    "status",
+]

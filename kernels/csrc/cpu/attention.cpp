@@ -1,0 +1,179 @@
+// ms_deform_attn and ms_deform_attn_fused: forward by query (all heads of a query share its cache
+// lines), backward by head and level, where the gradients of the value never overlap: no atomics,
+// and the same sum for any number of threads.
+
+#include "samples.h"
+
+namespace sparse_detr {
+
+namespace {
+
+// Places and attention weights of the samples of (row, head).
+template <typename T, typename A>
+class Reader {
+ public:
+  Reader(const Attention<T>& in, int first, int count)
+      : samples(in.sizes, first, count), in_(in), logits_(in.sizes.samples()),
+        weights_(in.sizes.samples()) {}
+
+  void read(int64_t row, int m) {
+    const Sizes& s = in_.sizes;
+    const int dim = in_.reference_dim;
+    if (dim > 0 && row != row_) samples.set_reference(in_.reference + row * s.L * dim, dim, s.P);
+    row_ = row;
+    const int64_t head = (row * s.M + m) * s.samples();
+    samples.locate(in_.coordinates, 2 * (head + samples.first));
+    const A* share = load_row(in_.shares, head, s.samples(), logits_.data());
+    if (dim > 0) {
+      softmax(s.samples(), share, weights_.data());
+      share = weights_.data();
+    }
+    shares_ = share;
+    samples.set_shares(share + samples.first);
+    samples.weigh();
+  }
+
+  // Attention weights of all L * P samples of the last head that was read.
+  const A* shares() const { return shares_; }
+
+  Samples<A> samples;
+
+ private:
+  const Attention<T>& in_;
+  std::vector<A> logits_, weights_;
+  const A* shares_ = nullptr;
+  int64_t row_ = -1;
+};
+
+// Gradient (L, 2 or 4) of the references of one query from one head, levels [level, level_end), given
+// the gradients by pixel coordinates.
+template <typename A>
+void reference_gradient(const Samples<A>& samples, const Sizes& s, int dim, int level, int level_end,
+                        const A* grad_x, const A* grad_y, A* out) {
+  const A* offset = samples.coordinates();
+  for (int l = level; l < level_end; ++l) {
+    A x = 0, y = 0, w = 0, h = 0;
+    for (int j = (l - level) * s.P; j < (l - level + 1) * s.P; ++j) {
+      x += grad_x[j];
+      y += grad_y[j];
+      w += grad_x[j] * offset[2 * j];
+      h += grad_y[j] * offset[2 * j + 1];
+    }
+    const A width = s.levels[l].width, height = s.levels[l].height;
+    out[l * dim] = x * width;
+    out[l * dim + 1] = y * height;
+    if (dim == 4) {
+      out[l * dim + 2] = w * width * A(0.5) / s.P;
+      out[l * dim + 3] = h * height * A(0.5) / s.P;
+    }
+  }
+}
+
+// (gradient of the weights) -> (gradient of the logits), with the softmax weights.
+template <typename A>
+void softmax_gradient(int count, const A* weights, A* grad) {
+  A mean = 0;
+  for (int j = 0; j < count; ++j) mean += weights[j] * grad[j];
+  for (int j = 0; j < count; ++j) grad[j] = weights[j] * (grad[j] - mean);
+}
+
+}  // namespace
+
+template <typename T>
+void attention_forward(const Attention<T>& in, T* output, int64_t row, int64_t row_end) {
+  using A = Accumulator<T>;
+  const Sizes& s = in.sizes;
+  Reader<T, A> reader(in, 0, s.samples());
+  Corners<const T> corners(s, int(reader.samples.chunks.size()));
+  for (; row < row_end; ++row) {
+    const T* image = in.value + row / s.Q * s.image_stride();
+    for (int m = 0; m < s.M; ++m) {
+      reader.read(row, m);
+      corners.point_to(image + m * s.D, reader.samples);
+      weighted_sum(corners, reader.samples, s.D, output + row * s.token_stride() + m * s.D);
+    }
+  }
+}
+
+template <typename T>
+void attention_backward(const Attention<T>& in, const AttentionGradients<T>& grad, int64_t b,
+                        int head, int head_end, int level, int level_end) {
+  using A = Accumulator<T>;
+  const Sizes& s = in.sizes;
+  const int dim = in.reference_dim, P = s.P;
+  const bool slopes_wanted = grad.coordinates.data || grad.shares.data || grad.reference_of_heads;
+  Reader<T, A> reader(in, level * P, (level_end - level) * P);
+  Samples<A>& samples = reader.samples;
+  const int chunks = int(samples.chunks.size()), padded = chunks * kChunk;
+  Corners<const T> corners(s, chunks);
+  Corners<A> grad_corners(s, chunks);
+  Dots<A> dots(chunks);
+  std::vector<A> grad_output(s.D), grad_x(padded), grad_y(padded), grad_xy(2 * padded),
+      grad_share(padded);
+  for (int64_t row = b * s.Q; row < (b + 1) * s.Q; ++row) {
+    for (int m = head; m < head_end; ++m) {
+      const int64_t offset = b * s.image_stride() + m * s.D;
+      reader.read(row, m);
+      if (slopes_wanted) corners.point_to(in.value + offset, samples);
+      if (grad.value) grad_corners.point_to(grad.value + offset, samples);
+      const T* from = grad.grad_output + row * s.token_stride() + m * s.D;
+      for (int c = 0; c < s.D; ++c) grad_output[c] = load_one(from + c);
+      if (slopes_wanted) {
+        corner_dots(corners, s.D, grad_output.data(), dots);
+        for (int c = 0; c < chunks; ++c) {
+          const Chunk<A>& chunk = samples.chunks[c];
+          Slopes<A> slope;
+          slopes(chunk, dots[c], slope);
+          for (int j = 0; j < kChunk; ++j) {
+            const int i = c * kChunk + j;
+            grad_share[i] = slope.value[j];
+            grad_x[i] = slope.by_x[j] * chunk.share[j];  // per pixel
+            grad_y[i] = slope.by_y[j] * chunk.share[j];
+          }
+        }
+        if (grad.reference_of_heads)
+          reference_gradient(samples, s, dim, level, level_end, grad_x.data(), grad_y.data(),
+                             grad.reference_of_heads + (row * s.M + m) * s.L * dim);
+        for (int c = 0; c < chunks; ++c) {
+          const Chunk<A>& chunk = samples.chunks[c];
+          for (int j = 0; j < kChunk; ++j) {
+            const int i = c * kChunk + j;
+            grad_xy[2 * i] = grad_x[i] * chunk.scale_x[j];
+            grad_xy[2 * i + 1] = grad_y[i] * chunk.scale_y[j];
+          }
+        }
+        if (dim > 0 && samples.count == s.samples())
+          softmax_gradient(samples.count, reader.shares(), grad_share.data());
+        const int64_t first = (row * s.M + m) * s.samples() + samples.first;
+        if (grad.coordinates.data)
+          store_row(grad.coordinates, 2 * first, 2 * samples.count, grad_xy.data());
+        if (grad.shares.data) store_row(grad.shares, first, samples.count, grad_share.data());
+      }
+      if (grad.value) scatter(grad_corners, samples, s.D, grad_output.data());
+    }
+  }
+}
+
+template <typename T>
+void softmax_backward(const Attention<T>& in, Accumulator<T>* grad, int64_t row, int64_t row_end) {
+  using A = Accumulator<T>;
+  const Sizes& s = in.sizes;
+  const int n = s.samples();
+  std::vector<A> logits(n), weights(n);
+  for (int64_t i = row * s.M; i < row_end * s.M; ++i) {
+    softmax(n, load_row(in.shares, i * n, n, logits.data()), weights.data());
+    softmax_gradient(n, weights.data(), grad + i * n);
+  }
+}
+
+#define INSTANTIATE(T)                                                                          \
+  template void attention_forward<T>(const Attention<T>&, T*, int64_t, int64_t);                \
+  template void attention_backward<T>(const Attention<T>&, const AttentionGradients<T>&, int64_t, \
+                                      int, int, int, int);                                      \
+  template void softmax_backward<T>(const Attention<T>&, Accumulator<T>*, int64_t, int64_t);
+INSTANTIATE(double)
+INSTANTIATE(float)
+INSTANTIATE(BFloat16)
+INSTANTIATE(Half)
+
+}  // namespace sparse_detr

@@ -1,0 +1,130 @@
+// key_aware_deform_attn: scores from the sampled keys, softmax, weighted sum of the sampled values.
+// Keys and values are gathered corner by corner in both passes; no sampled row is ever stored.
+
+#include "samples.h"
+
+namespace sparse_detr {
+
+namespace {
+
+template <typename T, typename A>
+void widen(const T* from, int D, A* to) {
+  for (int c = 0; c < D; ++c) to[c] = load_one(from + c);
+}
+
+template <typename T, typename A>
+void locate(const KeyAware<T>& in, int64_t row, int m, Samples<A>& samples) {
+  samples.locate({in.locations, std::is_same_v<A, double> ? Scalar::kDouble : Scalar::kFloat},
+                 2 * (row * in.sizes.M + m) * samples.count);
+}
+
+}  // namespace
+
+template <typename T>
+void key_aware_forward(const KeyAware<T>& in, T* output, Accumulator<T>* lse, int64_t row,
+                       int64_t row_end) {
+  using A = Accumulator<T>;
+  const Sizes& s = in.sizes;
+  Samples<A> samples(s, 0, s.samples());
+  const int chunks = int(samples.chunks.size());
+  Corners<const T> keys(s, chunks), values(s, chunks);
+  Dots<A> dots(chunks);
+  std::vector<A> query(s.D), scores(chunks * kChunk);
+  const A scale = 1 / std::sqrt(A(s.D));
+  for (; row < row_end; ++row) {
+    const int64_t image = row / s.Q * s.image_stride();
+    for (int m = 0; m < s.M; ++m) {
+      const int64_t head = row * s.token_stride() + m * s.D;
+      locate(in, row, m, samples);
+      widen(in.query + head, s.D, query.data());
+      keys.point_to(in.key + image + m * s.D, samples);
+      corner_dots(keys, s.D, query.data(), dots);
+      for (int c = 0; c < chunks; ++c) {
+        Slopes<A> slope;
+        slopes(samples.chunks[c], dots[c], slope);
+        for (int j = 0; j < kChunk; ++j) scores[c * kChunk + j] = scale * slope.value[j];
+      }
+      lse[row * s.M + m] = softmax(samples.count, scores.data(), scores.data());
+      samples.set_shares(scores.data());
+      samples.weigh();
+      values.point_to(in.value + image + m * s.D, samples);
+      weighted_sum(values, samples, s.D, output + head);
+    }
+  }
+}
+
+template <typename T>
+void key_aware_backward(const KeyAware<T>& in, const KeyAwareGradients<T>& grad, int64_t b,
+                        int head, int head_end) {
+  using A = Accumulator<T>;
+  const Sizes& s = in.sizes;
+  const bool shared = in.key == in.value;  // keys are the values: one gradient for both
+  A* const grad_key = shared ? grad.value : grad.key;
+  Samples<A> samples(s, 0, s.samples());
+  const int n = samples.count, chunks = int(samples.chunks.size()), padded = chunks * kChunk;
+  Corners<const T> keys(s, chunks), values(s, chunks);
+  Corners<A> grad_keys(s, chunks), grad_values(s, chunks);
+  Dots<A> key_dots(chunks), value_dots(chunks);
+  std::vector<Slopes<A>> by_key(chunks), by_value(chunks);
+  std::vector<A> query(s.D), grad_output(s.D), weight(padded), grad_score(padded), grad_xy(2 * padded);
+  const A scale = 1 / std::sqrt(A(s.D));
+  for (int64_t row = b * s.Q; row < (b + 1) * s.Q; ++row) {
+    for (int m = head; m < head_end; ++m) {
+      const int64_t offset = row * s.token_stride() + m * s.D;
+      const int64_t image = b * s.image_stride() + m * s.D;
+      locate(in, row, m, samples);
+      widen(in.query + offset, s.D, query.data());
+      widen(grad.grad_output + offset, s.D, grad_output.data());
+      keys.point_to(in.key + image, samples);
+      values.point_to(in.value + image, samples);
+      if (grad.value) grad_values.point_to(grad.value + image, samples);
+      if (grad_key) grad_keys.point_to(grad_key + image, samples);
+      corner_dots(keys, s.D, query.data(), key_dots);
+      corner_dots(values, s.D, grad_output.data(), value_dots);
+
+      const A lse = grad.lse[row * s.M + m];
+      A mean = 0;
+      for (int c = 0; c < chunks; ++c) {
+        slopes(samples.chunks[c], key_dots[c], by_key[c]);
+        slopes(samples.chunks[c], value_dots[c], by_value[c]);
+        for (int j = 0; j < kChunk; ++j)
+          weight[c * kChunk + j] = exp_nonpositive(scale * by_key[c].value[j] - lse);
+        for (int j = 0; j < samples.chunks[c].count; ++j)
+          mean += weight[c * kChunk + j] * by_value[c].value[j];
+      }
+      for (int c = 0; c < chunks; ++c) {
+        const Chunk<A>& chunk = samples.chunks[c];
+        for (int j = 0; j < kChunk; ++j) {
+          const int i = c * kChunk + j;
+          const A w = weight[i], g = scale * w * (by_value[c].value[j] - mean);
+          grad_score[i] = g;
+          grad_xy[2 * i] = (w * by_value[c].by_x[j] + g * by_key[c].by_x[j]) * chunk.width[j];
+          grad_xy[2 * i + 1] = (w * by_value[c].by_y[j] + g * by_key[c].by_y[j]) * chunk.height[j];
+        }
+      }
+      if (grad.locations)
+        std::copy_n(grad_xy.data(), 2 * n, grad.locations + 2 * (row * s.M + m) * n);
+
+      if (grad.value) {
+        samples.set_shares(weight.data());
+        samples.weigh();
+        scatter(grad_values, samples, s.D, grad_output.data());
+      }
+      samples.set_shares(grad_score.data());
+      samples.weigh();
+      if (grad.query) weighted_sum(keys, samples, s.D, grad.query + offset);
+      if (grad_key) scatter(grad_keys, samples, s.D, query.data());
+    }
+  }
+}
+
+#define INSTANTIATE(T)                                                                            \
+  template void key_aware_forward<T>(const KeyAware<T>&, T*, Accumulator<T>*, int64_t, int64_t); \
+  template void key_aware_backward<T>(const KeyAware<T>&, const KeyAwareGradients<T>&, int64_t,  \
+                                      int, int);
+INSTANTIATE(double)
+INSTANTIATE(float)
+INSTANTIATE(BFloat16)
+INSTANTIATE(Half)
+
+}  // namespace sparse_detr

@@ -1,0 +1,170 @@
+// Vectors without intrinsics: GCC/Clang vector extensions, compiled for the ISA in the flags.
+//
+// Every width D of a head is cut into blocks of 32, 16, 8 and 1 channels (for_each_block), and the
+// loops over samples are templates on the block, so that a block's accumulators stay in registers.
+// T is the type in memory (double, float, BFloat16, Half), A = Accumulator<T> the type of all sums.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+namespace sparse_detr {
+
+struct BFloat16 { uint16_t bits; };
+struct Half { uint16_t bits; };
+
+template <typename T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename A, int W>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(W * sizeof(A))));
+};
+template <typename A>
+struct VectorOf<A, 1> {
+  typedef A type;
+};
+template <typename A, int W>
+using Vector = typename VectorOf<A, W>::type;
+
+// Lanes of the vectors that hold a block of C channels.
+template <typename A, int C>
+constexpr int kLanes = C < kVectorBytes / int(sizeof(A)) ? C : kVectorBytes / int(sizeof(A));
+
+template <typename To, typename From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <typename To, typename From>
+inline To convert(const From& from) {
+  if constexpr (std::is_arithmetic_v<From>) {
+    return static_cast<To>(from);
+  } else {
+    return __builtin_convertvector(from, To);
+  }
+}
+
+// W consecutive elements as a vector of A.
+template <int W, typename T>
+inline Vector<Accumulator<T>, W> load(const T* p) {
+  using V = Vector<Accumulator<T>, W>;
+  if constexpr (std::is_floating_point_v<T>) {
+    V v;
+    std::memcpy(&v, p, sizeof(V));
+    return v;
+  } else {
+    using Bits = Vector<uint32_t, W>;
+    Vector<uint16_t, W> narrow;
+    std::memcpy(&narrow, p, sizeof(narrow));
+    const Bits wide = convert<Bits>(narrow);
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      return bit_cast<V>(Bits(wide << 16));
+    } else {
+      // Exponent and mantissa move to their places in float32; times 2^112 corrects the exponent
+      // bias, also of subnormals. Infinity and NaN (exponent 31) get the full exponent after it.
+      const Bits magnitude = (wide & 0x7fffu) << 13;
+      const Bits special = magnitude >= (0x7c00u << 13) ? Bits{} + 0x7f800000u : Bits{};
+      const V scaled = bit_cast<V>(magnitude) * 0x1p112f;
+      return bit_cast<V>(Bits(bit_cast<Bits>(scaled) | special | ((wide & 0x8000u) << 16)));
+    }
+  }
+}
+
+template <typename T>
+inline Accumulator<T> load_one(const T* p) { return load<1>(p); }
+
+// One element of A to memory, rounded to nearest even.
+inline void store_one(double* p, double x) { *p = x; }
+inline void store_one(float* p, float x) { *p = x; }
+inline void store_one(BFloat16* p, float x) {
+  const uint32_t u = bit_cast<uint32_t>(x);
+  p->bits = x != x ? 0x7fc0 : uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+inline void store_one(Half* p, float x) {
+  const uint32_t u = bit_cast<uint32_t>(x);
+  const uint32_t magnitude = u & 0x7fffffffu;
+  uint32_t h;
+  if (magnitude >= 0x47800000u) {  // 65536 and above, infinity, NaN
+    h = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // below the smallest normal: the addition rounds
+    h = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    h = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  p->bits = uint16_t(h | ((u >> 16) & 0x8000u));
+}
+
+template <int W, typename T>
+inline void store(T* p, Vector<Accumulator<T>, W> v) {
+  if constexpr (std::is_floating_point_v<T>) {
+    std::memcpy(p, &v, sizeof(v));
+  } else {
+    float x[W];
+    std::memcpy(x, &v, sizeof(v));
+    for (int i = 0; i < W; ++i) store_one(p + i, x[i]);
+  }
+}
+
+// f(std::integral_constant<int, C>, first channel) for blocks that cover D channels.
+template <typename F>
+inline void for_each_block(int D, F&& f) {
+  int c = 0;
+  for (; c + 32 <= D; c += 32) f(std::integral_constant<int, 32>(), c);
+  if (c + 16 <= D) { f(std::integral_constant<int, 16>(), c); c += 16; }
+  if (c + 8 <= D) { f(std::integral_constant<int, 8>(), c); c += 8; }
+  for (; c < D; ++c) f(std::integral_constant<int, 1>(), c);
+}
+
+// ---- shuffles: lane i of the result is lane Lane(i, W) of (a, b), numbered 0 .. 2W-1
+
+constexpr int even_lane(int i, int) { return 2 * i; }
+constexpr int odd_lane(int i, int) { return 2 * i + 1; }
+constexpr int low_halves(int i, int W) { return i / 2 + i % 2 * W; }            // a0 b0 a1 b1 ...
+constexpr int high_halves(int i, int W) { return i / 2 + i % 2 * W + W / 2; }
+
+template <int (*Lane)(int, int), typename A, int W, std::size_t... I>
+inline Vector<A, W> shuffle(Vector<A, W> a, Vector<A, W> b, std::index_sequence<I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, Lane(I, W)...);
+#else
+  using Index = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+  constexpr Vector<Index, W> lanes = {Lane(I, W)...};
+  return __builtin_shuffle(a, b, lanes);
+#endif
+}
+template <int (*Lane)(int, int), typename A, int W>
+inline Vector<A, W> shuffle(Vector<A, W> a, Vector<A, W> b) {
+  return shuffle<Lane, A, W>(a, b, std::make_index_sequence<W>());
+}
+
+// The vector whose lane i is the sum of the lanes of row(i), for W rows; depth first, so that only
+// log2(W) vectors are alive. Each step adds the halves of two vectors and interleaves the results,
+// hence rows are met in bit-reversed order: `first` counts in steps of W / Rows.
+template <typename A, int W, int Rows = W, typename F>
+inline Vector<A, W> lane_sums(F&& row, int first = 0) {
+  if constexpr (Rows == 1) {
+    return row(first);
+  } else {
+    const Vector<A, W> a = lane_sums<A, W, Rows / 2>(row, first);
+    const Vector<A, W> b = lane_sums<A, W, Rows / 2>(row, first + W / Rows);
+    return shuffle<low_halves, A, W>(a, b) + shuffle<high_halves, A, W>(a, b);
+  }
+}
+
+}  // namespace sparse_detr

@@ -1,0 +1,304 @@
+// How a group of lanes holds the D channels of a head, reads and adds them, and sums over them.
+//
+// G neighbouring lanes work on one (query, head). Each holds V consecutive channels, 16 bytes
+// where the head width allows it, so one load of the group is one token's whole channel vector.
+// A warp holds 32 / G queries of the same head, a block of 256 threads 256 / G.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "launch.h"
+
+#define DEVICE __device__ __forceinline__
+
+namespace sparse_detr::cuda {
+
+constexpr int kThreads = 256;
+// Blocks per multiprocessor that the register count must allow: 48 registers a thread on Hopper,
+// 64 on earlier devices.
+#if __CUDA_ARCH__ >= 900
+constexpr int kForwardBlocks = 5;
+#else
+constexpr int kForwardBlocks = 4;
+#endif
+constexpr int kBackwardBlocks = 4;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+template <typename T>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <typename T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+// kExact: D == V * G. Otherwise (any D, one channel per lane) kernels step over the channels in
+// blocks of V * G, and lanes beyond D idle.
+template <typename T_, int V_, int G_, bool kExact_>
+struct Width {
+  using T = T_;
+  using A = Accumulator<T>;
+  static constexpr int V = V_, G = G_;
+  static constexpr bool kExact = kExact_;
+  static constexpr int kGroups = kThreads / G;  // queries in flight in the largest block
+  // Samples prepared at a time; 32 bytes each, so at most 16 KB of shared memory in float32.
+  static constexpr int kChunk = 2 * G < 32 ? 2 * G : 32;
+  // One record of padding puts the groups of a warp into different banks.
+  static constexpr int kStride = kChunk + 1;
+  static_assert(G >= 4 && G <= 32 && (G & (G - 1)) == 0, "a group is part of one warp");
+};
+
+template <typename T>
+using AnyWidth = Width<T, 1, 32, false>;
+
+// ---- conversion --------------------------------------------------------------------------------
+
+DEVICE float widen(float x) { return x; }
+DEVICE double widen(double x) { return x; }
+DEVICE float widen(__half x) { return __half2float(x); }
+DEVICE float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+DEVICE void narrow(float x, float& y) { y = x; }
+DEVICE void narrow(double x, double& y) { y = x; }
+DEVICE void narrow(float x, __half& y) { y = __float2half_rn(x); }
+DEVICE void narrow(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
+
+DEVICE float widen_bits(unsigned short bits, __half) { return __half2float(__ushort_as_half(bits)); }
+DEVICE float widen_bits(unsigned short bits, __nv_bfloat16) {
+  return __uint_as_float(static_cast<unsigned>(bits) << 16);
+}
+DEVICE unsigned short narrow_bits(float x, __half) { return __half_as_ushort(__float2half_rn(x)); }
+DEVICE unsigned short narrow_bits(float x, __nv_bfloat16) {
+  return __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
+
+// ---- one lane's channels -----------------------------------------------------------------------
+
+// Hides where a pointer came from. Else the compiler adds base, block and lane offsets anew at
+// every use, three instructions for each address instead of one.
+template <typename T>
+DEVICE T* opaque(T* p) {
+#ifdef __CUDACC__
+  asm("" : "+l"(p));
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
+}
+
+// V consecutive elements as they lie in memory, V * sizeof(T) bytes aligned: a single load or
+// store, and no more registers than the bytes need while the load is under way.
+template <typename T, int V>
+struct alignas(V * sizeof(T)) Packet {
+  T x[V];
+};
+template <>
+struct Packet<float, 4> {
+  float4 x;
+};
+template <typename T>
+struct Packet<T, 2> {
+  unsigned x;
+};
+template <typename T>
+struct Packet<T, 4> {
+  uint2 x;
+};
+template <typename T>
+struct Packet<T, 8> {
+  uint4 x;
+};
+
+template <typename T, int V>
+DEVICE Packet<T, V> load(const T* p) {
+  if constexpr (V == 1) {
+    return {{__ldg(p)}};
+  } else {
+    return {__ldg(reinterpret_cast<const decltype(Packet<T, V>::x)*>(p))};
+  }
+}
+
+template <typename T>
+DEVICE void widen(const Packet<T, 1>& p, Accumulator<T> (&x)[1]) { x[0] = widen(p.x[0]); }
+DEVICE void widen(const Packet<float, 4>& p, float (&x)[4]) {
+  x[0] = p.x.x, x[1] = p.x.y, x[2] = p.x.z, x[3] = p.x.w;
+}
+template <typename T>
+DEVICE void widen_pair(unsigned bits, float* x) {
+  x[0] = widen_bits(static_cast<unsigned short>(bits), T());
+  x[1] = widen_bits(static_cast<unsigned short>(bits >> 16), T());
+}
+template <typename T>
+DEVICE void widen(const Packet<T, 2>& p, float (&x)[2]) { widen_pair<T>(p.x, x); }
+template <typename T>
+DEVICE void widen(const Packet<T, 4>& p, float (&x)[4]) {
+  widen_pair<T>(p.x.x, x);
+  widen_pair<T>(p.x.y, x + 2);
+}
+template <typename T>
+DEVICE void widen(const Packet<T, 8>& p, float (&x)[8]) {
+  widen_pair<T>(p.x.x, x);
+  widen_pair<T>(p.x.y, x + 2);
+  widen_pair<T>(p.x.z, x + 4);
+  widen_pair<T>(p.x.w, x + 6);
+}
+
+template <typename T, int V, typename A>
+DEVICE void load(const T* p, A (&x)[V]) {
+  widen(load<T, V>(p), x);
+}
+
+template <typename T>
+DEVICE unsigned narrow_pair(float x, float y) {
+  return narrow_bits(x, T()) | static_cast<unsigned>(narrow_bits(y, T())) << 16;
+}
+
+template <typename T, int V, typename A>
+DEVICE void store(T* p, const A (&x)[V]) {
+  if constexpr (V == 1) {
+    narrow(x[0], *p);
+  } else if constexpr (sizeof(T) == 4) {
+    *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]);
+  } else if constexpr (V == 2) {
+    *reinterpret_cast<unsigned*>(p) = narrow_pair<T>(x[0], x[1]);
+  } else if constexpr (V == 4) {
+    *reinterpret_cast<uint2*>(p) =
+        make_uint2(narrow_pair<T>(x[0], x[1]), narrow_pair<T>(x[2], x[3]));
+  } else {
+    *reinterpret_cast<uint4*>(p) =
+        make_uint4(narrow_pair<T>(x[0], x[1]), narrow_pair<T>(x[2], x[3]),
+                   narrow_pair<T>(x[4], x[5]), narrow_pair<T>(x[6], x[7]));
+  }
+}
+
+// Shared memory whose size the launch gives.
+#ifdef __CUDACC__
+extern __shared__ double dynamic_memory[];
+#endif
+template <typename A>
+DEVICE A* dynamic_shared() {
+  return reinterpret_cast<A*>(dynamic_memory);
+}
+
+// ---- sums over lanes ---------------------------------------------------------------------------
+
+// The sum over the group, on every lane.
+template <int G, typename A>
+DEVICE A group_sum(A x) {
+#pragma unroll
+  for (int step = G / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+  return x;
+}
+
+template <int G, typename A>
+DEVICE A group_max(A x) {
+#pragma unroll
+  for (int step = G / 2; step > 0; step /= 2) {
+    x = max(x, __shfl_xor_sync(kAllLanes, x, step));
+  }
+  return x;
+}
+
+// The sums over the group of four values per lane; lane j returns that of x[j % 4]. Each exchange
+// halves the values in hand: 3 + log2(G / 4) shuffles instead of 4 log2(G).
+template <int G, typename A>
+DEVICE A group_sum_transposed(const A (&x)[4], int lane) {
+  const bool odd = lane & 1, high = lane & 2;
+  const A a = (odd ? x[1] : x[0]) + __shfl_xor_sync(kAllLanes, odd ? x[0] : x[1], 1);
+  const A b = (odd ? x[3] : x[2]) + __shfl_xor_sync(kAllLanes, odd ? x[2] : x[3], 1);
+  A sum = (high ? b : a) + __shfl_xor_sync(kAllLanes, high ? a : b, 2);
+#pragma unroll
+  for (int step = G / 2; step >= 4; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+  return sum;
+}
+
+// Of a pair of values: even lanes return the sum of a, odd lanes that of b.
+template <int G, typename A>
+DEVICE A group_sum_pair(A a, A b, int lane) {
+  const bool odd = lane & 1;
+  A sum = (odd ? b : a) + __shfl_xor_sync(kAllLanes, odd ? a : b, 1);
+#pragma unroll
+  for (int step = G / 2; step >= 2; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+  return sum;
+}
+
+// ---- sums in memory ----------------------------------------------------------------------------
+
+// The unit of a fixed-point sum: the smallest power of two at which the sum over a head's Q * L * P
+// samples, each of magnitude <= bound, cannot overflow int64. Integer sums don't depend on the
+// order of their terms, so the result is reproducible to the last bit. With 2^18 samples the unit
+// is 2^-44 of the bound. A bound that is not finite makes every sum NaN.
+struct FixedPoint {
+  double scale, unit;
+
+  DEVICE FixedPoint(double bound, const Problem& problem) {
+    if (!isfinite(bound)) {
+      scale = 0;
+      unit = bound - bound;  // NaN
+      return;
+    }
+    // |sum| < 2^(ilogb + 1). The scale stays finite for the smallest bounds.
+    const double samples = double(problem.queries) * problem.levels * problem.points;
+    const int shift = bound == 0 ? 0 : min(62 - 1 - ilogb(bound * samples), 1000);
+    scale = ldexp(1.0, shift);
+    unit = ldexp(1.0, -shift);
+  }
+};
+
+// Adds V channels. One vector reduction (REDG.F32x4) per four floats where the hardware has it.
+template <typename A, int V>
+DEVICE void add_to(A* p, const A (&x)[V]) {
+#if __CUDA_ARCH__ >= 900
+  constexpr bool kVector = sizeof(A) == 4 && V % 4 == 0;
+#else
+  constexpr bool kVector = false;
+#endif
+  if constexpr (kVector) {
+#pragma unroll
+    for (int i = 0; i < V; i += 4) {
+      atomicAdd(reinterpret_cast<float4*>(p + i), make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) atomicAdd(p + i, x[i]);
+  }
+}
+
+// A gradient map (B, N, M, D) that many samples add to, see GradientMap in launch.h. `p` points
+// into `map`; a null map is a gradient that nobody wants.
+template <typename A>
+struct FloatingMap {
+  A* map;
+
+  explicit FloatingMap(const GradientMap& x) : map(static_cast<A*>(x.sum)) {}
+  DEVICE void start(const Problem&) {}
+  template <int V>
+  DEVICE void add(A* p, const A (&x)[V]) const {
+    add_to<A, V>(p, x);
+  }
+};
+
+template <typename A>
+struct FixedMap {
+  unsigned long long* map;
+  const A* bound;
+  double scale;
+
+  explicit FixedMap(const GradientMap& x)
+      : map(static_cast<unsigned long long*>(x.fixed)), bound(static_cast<const A*>(x.bound)) {}
+  DEVICE void start(const Problem& problem) {
+    if (map) scale = FixedPoint(*bound, problem).scale;
+  }
+  template <int V>
+  DEVICE void add(unsigned long long* p, const A (&x)[V]) const {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      atomicAdd(p + v, static_cast<unsigned long long>(__double2ll_rn(x[v] * scale)));
+    }
+  }
+};
+
+}  // namespace sparse_detr::cuda

@@ -1,0 +1,161 @@
+"""Finding, loading and overriding LazyConfigs, with errors where detectron2 would guess.
+
+detectron2 merges overrides silently: a mistyped key becomes a new entry that nobody reads. Here a
+key must exist in the config, or be an argument of the callable that it configures; ``+key=value``
+adds one on purpose.
+"""
+
+import difflib
+import inspect
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import resources
+
+from detectron2.config import LazyConfig
+from detectron2.utils.registry import locate
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, ListConfig
+from omegaconf.errors import OmegaConfBaseException
+
+_PARTS = ("common", "models", "encoders")  # folders that hold pieces of configs, not whole ones
+
+
+def list_configs() -> list[str]:
+    """Names of the shipped configs, as ``get_config`` takes them: "quick/...", ..."""
+    root = _config_root()
+    names = []
+    for folder, _, files in os.walk(root):
+        relative = os.path.relpath(folder, root)
+        if relative != "." and relative.split(os.sep)[0] not in _PARTS:
+            names += [
+                f"{relative}/{f[:-3]}" for f in files if f.endswith(".py") and f != "__init__.py"
+            ]
+    return sorted(name.replace(os.sep, "/") for name in names)
+
+
+def get_config(name: str, overrides: Iterable[str] = ()) -> DictConfig:
+    """Loads a shipped config by name, with or without ".py"; ``overrides`` read "a.b=c"."""
+    return load_config(config_path(name), overrides)
+
+
+def load_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
+    """Loads a config from a file (``.py``, or a run's ``config.yaml``) or by its shipped name.
+
+    Raises:
+        ValueError: there is no such config, or an override does not fit it.
+    """
+    cfg = LazyConfig.load(config_path(path))
+    apply_overrides(cfg, overrides)
+    return cfg
+
+
+def config_path(name: str) -> str:
+    """The file behind a path or a shipped config's name."""
+    if os.path.isfile(name):
+        return name
+    shipped = name.removeprefix("configs/").removesuffix(".py")
+    shipped_path = os.path.join(_config_root(), *shipped.split("/")) + ".py"
+    if os.path.isfile(shipped_path):  # also the pieces that list_configs() leaves out
+        return shipped_path
+    known = list_configs()
+    close = difflib.get_close_matches(shipped, known, n=3) or known
+    raise ValueError(
+        f"there is no config {name!r}, neither a file nor a shipped one. "
+        f"Did you mean {', '.join(close)}?"
+    )
+
+
+def _config_root() -> str:
+    return str(resources.files(__package__ + ".configs"))
+
+
+def apply_overrides(cfg: DictConfig, overrides: Iterable[str]) -> None:
+    """Applies "a.b=c" overrides in place; values follow Hydra's grammar: null, true, [1,2], {x: 1}.
+
+    Raises:
+        ValueError: an override cannot be read, or names a key that the config does not have (with
+            "did you mean").
+    """
+    overrides = list(overrides)
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except Exception as error:  # Hydra's own exceptions differ between versions
+            raise ValueError(
+                f"cannot read the override {text!r}: expected path.key=value ({error})"
+            ) from error
+        key = override.key_or_group
+        if override.is_delete():
+            raise ValueError(f"override {text!r}: deleting a key is not supported; set it to null")
+        if not override.is_add():
+            for name in _keys(key, override.value()):
+                if not _accepts(cfg, name):
+                    raise ValueError(
+                        f"override {text!r}: the config has no {name!r}.{_did_you_mean(cfg, name)} "
+                        f"(+{key}=... adds a new key on purpose)"
+                    )
+        try:
+            LazyConfig.apply_overrides(cfg, [text])
+        except (KeyError, OmegaConfBaseException) as error:
+            raise ValueError(f"override {text!r} does not fit the config: {error}") from error
+
+
+def _keys(key: str, value: object) -> Iterator[str]:
+    """The dotted keys that an override writes: its own, or those inside its dict."""
+    if isinstance(value, Mapping) and value:
+        for name, item in value.items():
+            yield from _keys(f"{key}.{name}", item)
+    else:
+        yield key
+
+
+def _accepts(cfg: DictConfig, key: str) -> bool:
+    node: object = cfg
+    for part in _split(key):
+        if isinstance(node, DictConfig) and part in node.keys():
+            node = node._get_node(part)
+        elif isinstance(node, DictConfig) and part in _arguments(node):
+            node = None  # an argument left at its default
+        elif isinstance(node, ListConfig) and part.isdigit() and int(part) < len(node):
+            node = node._get_node(int(part))
+        else:
+            return False
+    return True
+
+
+def _split(key: str) -> list[str]:
+    return [part for part in re.split(r"[.\[\]]", key) if part]
+
+
+def _arguments(node: DictConfig) -> list[str]:
+    """Names of the arguments that the callable of an ``L(...)`` node takes."""
+    if "_target_" not in node:
+        return []
+    target = locate(node._target_) if isinstance(node._target_, str) else node._target_
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def _did_you_mean(cfg: DictConfig, key: str) -> str:
+    known = list(_all_keys(cfg))
+    last = _split(key)[-1]
+    matches = [k for k in known if k.rsplit(".", 1)[-1] == last]  # right name, wrong place
+    matches = difflib.get_close_matches(key, matches, n=3, cutoff=0) + difflib.get_close_matches(
+        key, known, n=3
+    )
+    matches = list(dict.fromkeys(matches))[:3]
+    return f" Did you mean {', '.join(matches)}?" if matches else ""
+
+
+def _all_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for name in dict.fromkeys([*node.keys(), *_arguments(node)]):
+        if name == "_target_":
+            continue
+        yield f"{prefix}{name}"
+        child = node._get_node(name) if name in node.keys() else None
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
+            yield from _all_keys(child, f"{prefix}{name}.")

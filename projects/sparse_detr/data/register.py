@@ -1,0 +1,121 @@
+"""Data sets in COCO format, registered with detectron2.
+
+Registration is idempotent and happens when a config is instantiated, never when it is read: a
+config may be loaded any number of times, also in worker processes.
+"""
+
+import difflib
+import logging
+import os
+
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.datasets import register_coco_instances
+
+logger = logging.getLogger(__name__)
+
+
+def register_coco(name: str, json_file: str, image_root: str) -> None:
+    """Registers a COCO-format detection set; classes are read from the JSON when it is loaded.
+
+    Calling it again with the same files does nothing. With other files it replaces what an earlier
+    call registered.
+
+    Raises:
+        ValueError: a file or folder does not exist, or ``name`` belongs to a data set that was
+            registered otherwise.
+    """
+    files = {"json_file": str(json_file), "image_root": str(image_root)}
+    if name in DatasetCatalog:
+        metadata = MetadataCatalog.get(name)
+        if {key: metadata.get(key) for key in files} == files:
+            return
+        if not metadata.get("registered_by_sparse_detr"):
+            raise ValueError(
+                f"the data set name {name!r} is taken by {metadata.get('json_file')}: "
+                "choose another name"
+            )
+        logger.info("data set %r now means %s", name, json_file)
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    _check_files(name, **files, hint="check the paths in the config's `data` section")
+    register_coco_instances(name, {"registered_by_sparse_detr": True}, **files)
+
+
+def coco_dataset(
+    *, names: str, json_file: str, image_root: str, filter_empty: bool = False
+) -> list[dict]:
+    """A config's ``dataloader.*.dataset``: registers a COCO-format set, returns its dataset dicts.
+
+    Args:
+        names: the name to register it under; detectron2's spelling, so that
+            ``evaluator.dataset_name`` can refer to it.
+        json_file: annotations in COCO format. Category ids may be any integers.
+        image_root: folder that the JSON's file names are relative to.
+        filter_empty: leave out images without objects. They teach a detector what is background:
+            keep them.
+    """
+    if not json_file or not image_root:
+        raise ValueError(
+            f"data set {names!r} has no files yet: pass data.train_json=..., "
+            "data.train_images=..., data.val_json=... and data.val_images=..."
+        )
+    register_coco(names, json_file, image_root)
+    return get_detection_dataset_dicts(names, filter_empty=filter_empty)
+
+
+def registered_dataset(*, names: str | list[str], filter_empty: bool = False) -> list[dict]:
+    """A config's ``dataloader.*.dataset``: registered sets' dicts, after a look at their files.
+
+    Args:
+        names: one or more names in detectron2's DatasetCatalog, with the same classes.
+        filter_empty: see ``coco_dataset``.
+    """
+    check_datasets(*([names] if isinstance(names, str) else names))
+    return get_detection_dataset_dicts(names, filter_empty=filter_empty)
+
+
+def check_datasets(*names: str) -> None:
+    """Raises a ValueError for the first data set that is unknown or whose files are missing."""
+    for name in names:
+        if name not in DatasetCatalog:
+            known = DatasetCatalog.list()
+            close = difflib.get_close_matches(name, known, n=3) or sorted(known)
+            raise ValueError(
+                f"data set {name!r} is not registered. Did you mean {', '.join(close)}? "
+                "For data of your own in COCO format use configs/common/data/custom.py, "
+                "or call sparse_detr.data.register_coco first"
+            )
+        metadata = MetadataCatalog.get(name)
+        root = os.path.abspath(
+            os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
+        )
+        _check_files(
+            name,
+            metadata.get("json_file"),
+            metadata.get("image_root"),
+            hint=f"built-in data sets are looked for under DETECTRON2_DATASETS (now {root}): set "
+            "it to the folder that holds coco/annotations, coco/train2017 and coco/val2017",
+        )
+
+
+def _check_files(name: str, json_file: str | None, image_root: str | None, hint: str) -> None:
+    if json_file and not os.path.isfile(json_file):
+        raise ValueError(
+            f"data set {name!r}: there is no annotation file {os.path.abspath(json_file)}; {hint}"
+        )
+    if image_root and not os.path.isdir(image_root):
+        raise ValueError(
+            f"data set {name!r}: there is no image folder {os.path.abspath(image_root)}; {hint}"
+        )
+
+
+def check_num_classes(num_classes: int, *names: str) -> None:
+    """Raises a ValueError unless each data set, loaded before, has ``num_classes`` classes."""
+    for name in names:
+        classes = MetadataCatalog.get(name).get("thing_classes")
+        if classes is not None and len(classes) != num_classes:
+            shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+            raise ValueError(
+                f"data set {name!r} has {len(classes)} classes ({shown}) "
+                f"but model.num_classes={num_classes}: pass model.num_classes={len(classes)}"
+            )

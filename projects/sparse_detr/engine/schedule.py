@@ -1,0 +1,144 @@
+"""How long to train and with which learning rates, in numbers that no batch size spoils.
+
+Configs speak of epochs; iterations follow here, in code, from the size of the data set and the
+total batch size, so that neither an override of the batch size nor another data set leaves a stale
+number behind.
+"""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from detectron2.config import instantiate
+from detectron2.solver import WarmupParamScheduler
+from fvcore.common.param_scheduler import MultiStepParamScheduler, ParamScheduler
+from omegaconf import DictConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """A run in iterations; ``epoch_iters``, images / total batch size, need not be whole."""
+
+    max_iter: int
+    epoch_iters: float
+    eval_period: int
+    checkpoint_period: int
+
+    @classmethod
+    def from_config(
+        cls, train: DictConfig, num_images: int | None, total_batch_size: int | None
+    ) -> "RunLength":
+        """Resolves the config's ``train`` section.
+
+        Args:
+            train: uses ``max_iter`` (iterations; wins if it is set), else ``epochs``;
+                ``eval_period`` and ``checkpointer.period`` (iterations; None: once per epoch).
+            num_images, total_batch_size: of the training set; None if the loader does not tell.
+        """
+        if num_images and total_batch_size:
+            epoch_iters = num_images / total_batch_size
+        elif train.max_iter:
+            epoch_iters = math.nan
+        else:
+            raise ValueError(
+                "the training loader does not tell its number of images, so train.epochs cannot be "
+                "turned into iterations: pass train.max_iter=..., or build the loader with "
+                "sparse_detr.data.build_train_loader"
+            )
+        if not train.max_iter and not train.epochs:
+            raise ValueError("set train.epochs or train.max_iter to say how long to train")
+        max_iter = train.max_iter or math.ceil(train.epochs * epoch_iters)
+        epoch = max_iter if math.isnan(epoch_iters) else max(1, round(epoch_iters))
+        return cls(
+            max_iter=int(max_iter),
+            epoch_iters=epoch_iters,
+            eval_period=epoch if train.eval_period is None else int(train.eval_period),
+            checkpoint_period=epoch
+            if train.checkpointer.period is None
+            else int(train.checkpointer.period),
+        )
+
+
+class EpochSchedule:
+    """Learning-rate multiplier: linear warm-up, then a factor ``gamma`` at every milestone.
+
+    Args:
+        milestones: epochs (fractions allowed) at whose end the learning rate is multiplied by
+            ``gamma``.
+        gamma: decay factor.
+        warmup_iters: iterations of linear warm-up; 0 for none.
+        warmup_factor: multiplier at iteration 0 of the warm-up.
+    """
+
+    def __init__(
+        self,
+        *,
+        milestones: Sequence[float] = (),
+        gamma: float = 0.1,
+        warmup_iters: int = 0,
+        warmup_factor: float = 0.001,
+    ) -> None:
+        self.milestones = sorted(milestones)
+        self.gamma = gamma
+        self.warmup_iters = warmup_iters
+        self.warmup_factor = warmup_factor
+
+    def build(self, run: RunLength) -> ParamScheduler:
+        """The schedule over this run, as fvcore's function of the fraction done."""
+        if self.milestones and math.isnan(run.epoch_iters):
+            raise ValueError(
+                "lr_multiplier.milestones are epochs, but the training loader does not tell how "
+                "many images it has"
+            )
+        steps = [round(epoch * run.epoch_iters) for epoch in self.milestones]
+        steps = [step for step in steps if step < run.max_iter]
+        scheduler = MultiStepParamScheduler(
+            [self.gamma**i for i in range(len(steps) + 1)],
+            num_updates=run.max_iter,
+            milestones=steps,
+        )
+        if self.warmup_iters:
+            warmup_length = min(self.warmup_iters / run.max_iter, 1.0)
+            scheduler = WarmupParamScheduler(scheduler, self.warmup_factor, warmup_length)
+        return scheduler
+
+
+def build_lr_multiplier(config: DictConfig, run: RunLength) -> ParamScheduler:
+    """Builds ``lr_multiplier``: an ``EpochSchedule``, or any fvcore ParamScheduler."""
+    schedule = instantiate(config)
+    return schedule.build(run) if isinstance(schedule, EpochSchedule) else schedule
+
+
+class LRFactors:
+    """Learning-rate factor of a parameter by its name: detectron2's ``lr_factor_func``.
+
+    Args:
+        rules: part of a dotted parameter name -> factor. The first rule that fits decides; without
+            one it is 1.
+    """
+
+    def __init__(self, *, rules: Mapping[str, float]) -> None:
+        self.rules = dict(rules)
+
+    def __call__(self, name: str) -> float:
+        return next((factor for part, factor in self.rules.items() if part in name), 1.0)
+
+
+def build_optimizer(config: DictConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Builds ``optimizer`` as detectron2 does: ``config.params.model`` is filled in here."""
+    config.params.model = model
+    try:
+        optimizer = instantiate(config)
+    finally:
+        config.params.pop("model")
+    groups = Counter()
+    for group in optimizer.param_groups:
+        groups[group["lr"], group["weight_decay"]] += sum(p.numel() for p in group["params"])
+    for (lr, weight_decay), count in sorted(groups.items(), reverse=True):
+        logger.info("%12s parameters: lr %g, weight decay %g", f"{count:,}", lr, weight_decay)
+    return optimizer

@@ -1,0 +1,92 @@
+"""The Shapes data set: reproducible, valid COCO, and a real detection task."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from sparse_detr.data.synthetic import CLASSES, draw_image, generate_shapes
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes")
+    generate_shapes(root, "train", seed=3, num_images=60)
+    return root
+
+
+def contents(root: Path, split: str) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in sorted((root / split).iterdir())}
+
+
+def test_the_same_seed_gives_the_same_bytes(root, tmp_path):
+    generate_shapes(tmp_path, "train", seed=3, num_images=60)
+    assert (tmp_path / "train.json").read_bytes() == (root / "train.json").read_bytes()
+    assert contents(tmp_path, "train") == contents(root, "train")
+
+
+def test_seeds_and_splits_share_no_image(root, tmp_path):
+    generate_shapes(tmp_path / "seed", "train", seed=4, num_images=10)
+    generate_shapes(tmp_path / "split", "val", seed=3, num_images=10)
+    known = set(contents(root, "train").values())
+    assert known.isdisjoint(contents(tmp_path / "seed", "train").values())
+    assert known.isdisjoint(contents(tmp_path / "split", "val").values())
+
+
+def test_a_split_is_drawn_once_and_again_when_the_arguments_change(tmp_path):
+    generate_shapes(tmp_path, "val", num_images=2)
+    picture = tmp_path / "val" / "000000.png"
+    picture.write_bytes(b"mine")
+    generate_shapes(tmp_path, "val", num_images=2)
+    assert picture.read_bytes() == b"mine"
+    generate_shapes(tmp_path, "val", num_images=3)
+    assert picture.read_bytes() != b"mine"
+
+
+def test_pycocotools_reads_it_and_ground_truth_scores_one(root, capsys):
+    coco = COCO(str(root / "train.json"))
+    detections = [
+        {k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 1.0}
+        for a in coco.dataset["annotations"]
+    ]
+    evaluation = COCOeval(coco, coco.loadRes(detections), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert evaluation.stats[0] == pytest.approx(1.0)
+
+
+def test_it_holds_what_a_detector_has_to_cope_with(root):
+    data = json.loads((root / "train.json").read_text())
+    assert [c["name"] for c in data["categories"]] == list(CLASSES)
+    assert {a["category_id"] for a in data["annotations"]} == {1, 2, 3, 4, 5}
+    sides = [max(a["bbox"][2:]) for a in data["annotations"]]
+    assert max(sides) / min(sides) > 10  # sizes over an order of magnitude
+    with_objects = {a["image_id"] for a in data["annotations"]}
+    assert 0 < len(data["images"]) - len(with_objects) < 0.2 * len(data["images"])
+    sizes = {i["id"]: (i["width"], i["height"]) for i in data["images"]}
+    for a in data["annotations"]:
+        x, y, w, h = a["bbox"]
+        width, height = sizes[a["image_id"]]
+        assert x >= 0 and y >= 0 and w > 0 and h > 0 and x + w <= width and y + h <= height
+
+
+def test_colour_does_not_give_the_class_away():
+    """The mean colour of each class is that of all objects, within its standard error."""
+    colours = {kind: [] for kind in range(len(CLASSES))}
+    for index in range(120):
+        pixels, objects = draw_image(np.random.RandomState([9, index]))
+        for kind, mask in objects:
+            colours[kind].append(pixels[mask].mean(0))
+    everything = np.concatenate([np.array(c) for c in colours.values()])
+    for values in colours.values():
+        error = everything.std(0) / len(values) ** 0.5
+        assert (np.abs(np.mean(values, 0) - everything.mean(0)) < 4 * error).all()
+
+
+def test_an_unknown_split_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="split must be one of train, val, not 'test'"):
+        generate_shapes(tmp_path, "test")

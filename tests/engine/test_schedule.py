@@ -1,0 +1,113 @@
+"""Epochs to iterations, learning-rate schedules and parameter groups."""
+
+import math
+
+import pytest
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.solver import get_default_optimizer_params
+from fvcore.common.param_scheduler import CosineParamScheduler
+from omegaconf import OmegaConf
+from torch import nn
+
+from sparse_detr.engine import (
+    EpochSchedule,
+    LRFactors,
+    RunLength,
+    build_lr_multiplier,
+    build_optimizer,
+)
+
+
+def train_section(**kwargs):
+    base = dict(epochs=None, max_iter=None, eval_period=None, checkpointer=dict(period=None))
+    return OmegaConf.create({**base, **kwargs})
+
+
+def test_epochs_follow_the_data_and_the_batch():
+    run = RunLength.from_config(train_section(epochs=12), 118287, 16)
+    assert run.max_iter == 88716  # ceil(12 * 118287 / 16)
+    assert run.eval_period == run.checkpoint_period == 7393
+    assert RunLength.from_config(train_section(epochs=12), 118287, 32).max_iter == 44358
+
+
+def test_iterations_win_over_epochs():
+    train = train_section(epochs=12, max_iter=100, eval_period=0, checkpointer=dict(period=30))
+    run = RunLength.from_config(train, 1000, 10)
+    assert (run.max_iter, run.eval_period, run.checkpoint_period) == (100, 0, 30)
+
+
+def test_a_loader_of_unknown_length_needs_iterations():
+    with pytest.raises(ValueError, match="pass train.max_iter="):
+        RunLength.from_config(train_section(epochs=12), None, None)
+    run = RunLength.from_config(train_section(max_iter=50), None, None)
+    assert run.max_iter == run.eval_period == 50 and math.isnan(run.epoch_iters)
+    with pytest.raises(ValueError, match="milestones are epochs"):
+        EpochSchedule(milestones=[1]).build(run)
+
+
+def test_a_run_without_an_end_is_refused():
+    with pytest.raises(ValueError, match="train.epochs or train.max_iter"):
+        RunLength.from_config(train_section(), 10, 1)
+
+
+RUN = RunLength(max_iter=120, epoch_iters=10.0, eval_period=0, checkpoint_period=10)
+
+
+def test_milestones_are_epochs():
+    schedule = EpochSchedule(milestones=[8, 11, 40], gamma=0.1).build(RUN)
+    lr = [schedule(i / 120) for i in range(120)]
+    assert lr[:80] == [1.0] * 80
+    assert lr[80:110] == pytest.approx([0.1] * 30)
+    assert lr[110:] == pytest.approx([0.01] * 10)
+
+
+def test_warm_up_is_linear_in_iterations():
+    schedule = EpochSchedule(milestones=[8], warmup_iters=12, warmup_factor=0.1).build(RUN)
+    lr = [schedule(i / 120) for i in range(120)]
+    assert lr[0] == pytest.approx(0.1) and lr[6] == pytest.approx(0.55) and lr[12] == 1.0
+    assert lr[79] == 1.0 and lr[80] == pytest.approx(0.1)
+
+
+def test_plain_schedulers_pass_through():
+    config = L(CosineParamScheduler)(start_value=1.0, end_value=0.0)
+    assert build_lr_multiplier(config, RUN)(0.5) == pytest.approx(0.5)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Linear(2, 3)
+        self.sampling_offsets = nn.Linear(3, 5)
+        self.norm = nn.LayerNorm(5)
+
+
+def groups(weight_decay_norm):
+    config = L(torch.optim.AdamW)(
+        params=L(get_default_optimizer_params)(
+            base_lr="${..lr}",
+            weight_decay_norm=weight_decay_norm,
+            lr_factor_func=L(LRFactors)(rules={"backbone": 0.1, "sampling_offsets": 0.5}),
+        ),
+        lr=1e-3,
+        weight_decay=1e-4,
+    )
+    optimizer = build_optimizer(config, Model())
+    assert "model" not in config.params  # the config stays printable and savable
+    found = {}
+    for group in optimizer.param_groups:
+        key = (round(group["lr"], 9), group["weight_decay"])
+        found[key] = found.get(key, 0) + sum(p.numel() for p in group["params"])
+    return found
+
+
+def test_learning_rates_and_decay_go_by_name_and_kind():
+    assert groups(None) == {(1e-4, 1e-4): 9, (5e-4, 1e-4): 20, (1e-3, 1e-4): 10}
+    assert groups(0.0) == {(1e-4, 1e-4): 9, (5e-4, 1e-4): 20, (1e-3, 0.0): 10}
+
+
+def test_the_first_fitting_rule_decides():
+    factors = LRFactors(rules={"backbone": 0.1, "offsets": 0.2})
+    assert factors("backbone.offsets.weight") == 0.1
+    assert factors("encoder.layers.0.offsets.bias") == 0.2
+    assert factors("encoder.norm.weight") == 1.0

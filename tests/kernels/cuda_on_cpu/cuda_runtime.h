@@ -1,0 +1,181 @@
+// Stands in for the CUDA toolkit's header, so that a host compiler turns the .cu files into a CPU
+// library: the kernels themselves run, line by line, on a machine without a GPU.
+//
+// A warp is 32 fibers. Each runs alone until it reaches a warp-wide operation (__syncwarp, a
+// shuffle) and waits there for the others; a lane that leaves the kernel while others wait is an
+// error. Lanes run in ascending or descending order (`descending`): code that lacks a barrier sees
+// stale shared memory in one of the two. Warps and blocks run one after the other. Addresses of
+// vector loads and reductions must be aligned as on the device.
+#pragma once
+
+// Before __CUDA_ARCH__ is defined, which they test.
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <tuple>
+#include <utility>
+
+#define __CUDA_ARCH__ EMULATED_ARCH
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+
+using std::exp, std::floor, std::ilogb, std::isfinite, std::ldexp, std::log, std::max, std::min,
+    std::sqrt;
+
+struct float2 { float x, y; };
+struct double2 { double x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+inline dim3 threadIdx, blockIdx, blockDim;  // of the lane that runs
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+using cudaStream_t = void*;
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+namespace sparse_detr::cuda {
+inline double dynamic_memory[48 << 7];  // 48 KB
+}
+
+namespace emulator {
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "CUDA emulation: %s\n", what);
+  std::abort();
+}
+
+struct Lane {
+  ucontext_t context;
+  uint64_t exchanged;
+  bool finished;
+};
+
+inline constexpr int kWarp = 32;
+inline constexpr size_t kStack = 64 << 10;
+inline Lane lanes[kWarp];
+inline std::unique_ptr<char[]> stacks;
+inline ucontext_t scheduler;
+inline Lane* current;
+inline bool descending = false;
+inline std::function<void()> body;
+
+inline void wait() { swapcontext(&current->context, &scheduler); }
+
+inline void enter() {
+  body();
+  current->finished = true;
+  wait();
+}
+
+inline void run_warp(unsigned first_thread) {
+  if (!stacks) stacks.reset(new char[kWarp * kStack]);
+  for (int i = 0; i < kWarp; ++i) {
+    Lane& lane = lanes[i];
+    lane.finished = false;
+    getcontext(&lane.context);
+    lane.context.uc_stack.ss_sp = stacks.get() + i * kStack;
+    lane.context.uc_stack.ss_size = kStack;
+    makecontext(&lane.context, enter, 0);
+  }
+  for (int finished = 0; finished < kWarp;) {  // from one warp-wide operation to the next
+    finished = 0;
+    for (int i = 0; i < kWarp; ++i) {
+      const int lane = descending ? kWarp - 1 - i : i;
+      current = &lanes[lane];
+      threadIdx = dim3(first_thread + lane, 0, 0);
+      if (!current->finished) swapcontext(&scheduler, &current->context);
+      finished += current->finished;
+    }
+    if (finished != 0 && finished != kWarp) fail("lanes of a warp meet different barriers");
+  }
+}
+
+template <typename T>
+T exchange(T x, int from) {
+  static_assert(sizeof(T) <= 8);
+  std::memcpy(&current->exchanged, &x, sizeof(T));
+  wait();
+  std::memcpy(&x, &lanes[from].exchanged, sizeof(T));
+  wait();
+  return x;
+}
+
+template <typename T>
+T* aligned(T* p) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) fail("misaligned address");
+  return p;
+}
+
+}  // namespace emulator
+
+inline void __syncwarp() { emulator::wait(); }
+template <typename T>
+T __shfl_xor_sync(unsigned, T x, int mask) {
+  return emulator::exchange(x, threadIdx.x % emulator::kWarp ^ mask);
+}
+
+template <typename T>
+T __ldg(const T* p) { return *emulator::aligned(p); }
+
+template <typename T>
+void atomicAdd(T* p, T x) { *emulator::aligned(p) += x; }
+inline void atomicAdd(float4* p, float4 x) {
+  emulator::aligned(p);
+  p->x += x.x, p->y += x.y, p->z += x.z, p->w += x.w;
+}
+
+inline float __uint_as_float(unsigned x) {
+  float y;
+  std::memcpy(&y, &x, sizeof(y));
+  return y;
+}
+inline long long __double2ll_rn(double x) { return std::llrint(x); }
+inline double __dmul_rn(double x, double y) { return x * y; }
+
+template <typename... Params, typename... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
+                               Args&&... args) {
+  using namespace emulator;
+  if (config->blockDim.x % kWarp || config->blockDim.x > 1024 || config->gridDim.x == 0) {
+    return cudaErrorInvalidConfiguration;
+  }
+  if (config->dynamicSmemBytes > sizeof(sparse_detr::cuda::dynamic_memory)) {
+    return cudaErrorInvalidValue;
+  }
+  const std::tuple<Params...> params(std::forward<Args>(args)...);
+  body = [&] { std::apply(kernel, params); };
+  blockDim = config->blockDim;
+  for (unsigned block = 0; block < config->gridDim.x; ++block) {
+    blockIdx = dim3(block, 0, 0);
+    for (double& x : sparse_detr::cuda::dynamic_memory) x = NAN;
+    for (unsigned thread = 0; thread < blockDim.x; thread += kWarp) run_warp(thread);
+  }
+  return cudaSuccess;
+}

@@ -1,0 +1,125 @@
+"""Configs: finding, loading, overriding, saving and loading again."""
+
+import pytest
+from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig, instantiate
+from omegaconf import OmegaConf
+from torch import nn
+
+from sparse_detr.config import apply_overrides, config_path, get_config, list_configs, load_config
+
+QUICK = "quick/deformable_detr_shapes"
+
+
+def config():
+    return OmegaConf.create(
+        {
+            "model": L(nn.Conv2d)(in_channels=3, out_channels=8, kernel_size=1),
+            "optimizer": {"lr": 0.1, "rules": {"backbone": 0.1}, "steps": [1, 2]},
+            "train": {"max_iter": None, "amp": {"enabled": False}},
+        },
+        flags={"allow_objects": True},
+    )
+
+
+def overridden(*overrides):
+    cfg = config()
+    apply_overrides(cfg, overrides)
+    return cfg
+
+
+def test_overrides_set_values_of_any_kind():
+    cfg = overridden(
+        "optimizer.lr=1e-4",
+        "train.max_iter=7",
+        "train.amp.enabled=true",
+        "optimizer.steps=[3,4]",
+        "optimizer.rules={backbone: 0.5}",
+    )
+    assert cfg.optimizer.lr == 1e-4 and cfg.train.max_iter == 7 and cfg.train.amp.enabled is True
+    assert cfg.optimizer.steps == [3, 4] and cfg.optimizer.rules.backbone == 0.5
+    assert overridden("optimizer.steps.1=9").optimizer.steps == [1, 9]
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("optimizer.lrr=1", "optimizer.lr"),
+        ("optimiser.lr=1", "optimizer.lr"),
+        ("lr=1", "optimizer.lr"),
+        ("model.lr=1", "optimizer.lr"),
+        ("train.amp.enable=true", "train.amp.enabled"),
+        ("train.amp={enable: true}", "train.amp.enabled"),
+        ("model.kernel=3", "model.kernel_size"),
+        ("model.paddin=1", "model.padding"),
+        ("optimizer.steps.2=1", "optimizer.steps"),
+    ],
+)
+def test_a_mistyped_key_is_an_error_that_guesses(typo, meant):
+    with pytest.raises(ValueError, match=rf"the config has no .*Did you mean [^?]*{meant}\b"):
+        overridden(typo)
+
+
+def test_arguments_that_the_config_leaves_at_their_default_can_be_set():
+    assert instantiate(overridden("model.padding=2").model).padding == (2, 2)
+
+
+def test_a_plus_adds_a_key_on_purpose():
+    assert overridden("+optimizer.rules.neck=0.2").optimizer.rules.neck == 0.2
+    with pytest.raises(ValueError, match=r"\+optimizer.rules.neck=... adds"):
+        overridden("optimizer.rules.neck=0.2")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("SOLVER.BASE_LR", "cannot read the override 'SOLVER.BASE_LR': expected path.key=value"),
+        ("~optimizer.lr", "deleting a key is not supported"),
+        ("optimizer.lr.x=1", "the config has no 'optimizer.lr.x'"),
+    ],
+)
+def test_unreadable_overrides_are_explained(override, message):
+    with pytest.raises(ValueError, match=message.replace("+", r"\+")):
+        overridden(override)
+
+
+def test_shipped_configs_are_found_by_name():
+    assert QUICK in list_configs()
+    assert not [n for n in list_configs() if n.split("/")[0] in ("common", "models", "encoders")]
+    for name in (QUICK, f"{QUICK}.py", f"configs/{QUICK}.py"):
+        assert config_path(name).endswith("quick/deformable_detr_shapes.py")
+    with pytest.raises(ValueError, match=f"no config 'quick/deformable_detr'.*mean .*{QUICK}"):
+        get_config("quick/deformable_detr")
+
+
+@pytest.mark.parametrize("name", list_configs())
+def test_every_config_survives_saving_and_loading(name, tmp_path):
+    """A run's config.yaml means the same as the file it came from."""
+    cfg = get_config(name)
+    LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
+    assert not (tmp_path / "config.yaml.pkl").exists()
+    again = load_config(str(tmp_path / "config.yaml"), ["train.seed=1"])
+    assert {"model", "dataloader", "optimizer", "lr_multiplier", "train"} <= set(again)
+    again.train.seed = cfg.train.seed
+    assert OmegaConf.to_container(strings(again)) == OmegaConf.to_container(strings(cfg))
+
+
+def strings(cfg):
+    """Targets by name: saving turns classes into their names."""
+    from detectron2.config.lazy import _visit_dict_config
+    from detectron2.utils.registry import _convert_target_to_string
+
+    def replace(node):
+        if "_target_" in node and callable(node._target_):
+            node._target_ = _convert_target_to_string(node._target_)
+
+    cfg = cfg.copy()
+    _visit_dict_config(cfg, replace)
+    return cfg
+
+
+def test_overrides_reach_what_is_built_from_them():
+    cfg = get_config(QUICK, ["model.num_classes=3", "model.transformer.embed_dim=64"])
+    model = instantiate(cfg.model)
+    assert model.num_classes == model.transformer.heads.num_classes == 3
+    assert model.transformer.level_embed.shape == (3, 64)

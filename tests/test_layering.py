@@ -1,0 +1,247 @@
+"""Who may import whom. The rules are the table below; the code is parsed, not imported.
+
+Modules are named as inside the package: `kernels.op`, `modeling.tokens`, `configs.models.dino`,
+`__init__` for the package itself. Imports under `if TYPE_CHECKING:` are free: only hints need them.
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {
+    "": ROOT / "projects" / "sparse_detr",
+    "kernels": ROOT / "kernels",
+    "configs": ROOT / "configs",
+}
+
+BASE = r"modeling\.(tokens|layers|attention|boxes)"
+# The strategies, each with the file of its own that holds a part of it.
+STRATEGIES = {"sparse": ("dam",), "focus": ("foreground",), "lite": ("key_aware",)}
+MODELING = r"modeling(\.(?!strategies).*)?"  # without the strategies
+
+# (importer, what it may import), both as patterns; the first row that matches the importer counts.
+RULES = (
+    (r"kernels(\..*)?", r"kernels(\..*)?"),
+    (BASE, rf"kernels|{BASE}"),
+    *(
+        (
+            rf"modeling\.strategies\.{name}",
+            rf"kernels|{BASE}|modeling\.(encoder|heads|proposals)|" + own,
+        )
+        for strategy, parts in STRATEGIES.items()
+        for own in [rf"modeling\.strategies\.({'|'.join((strategy, *parts))})"]
+        for name in (strategy, *parts)
+    ),
+    (r"modeling\.strategies\..*", rf"kernels|{BASE}|modeling\.(encoder|heads|proposals)"),
+    (r"modeling\.strategies", r"modeling\.strategies\..*"),
+    (r"modeling\.(transformer|postprocess|backbone)", r"modeling\.(?!strategies|meta_arch).*"),
+    (r"modeling\.meta_arch", r"modeling\..*|yacs"),  # yacs: detectron2 calls `from_config`
+    (r"modeling", r"modeling\..*"),
+    (
+        r"modeling\..*",
+        rf"{BASE}|modeling\.(?!strategies|meta_arch|transformer|postprocess|backbone).*",
+    ),
+    (r"data(\..*)?", r"data(\..*)?"),
+    (r"engine(\..*)?", rf"engine(\..*)?|data(\..*)?|config|{MODELING}"),
+    (r"config", r"configs(\..*)?|data(\..*)?"),
+    (r"yacs", r"modeling(\..*)?|config"),
+    (r"configs(\..*)?", r"(?!tools|tests|train_net).*"),
+    (r"__init__", r"(?!tools|tests|train_net).*"),
+    (
+        r"predictor|analysis|overlays|visualize|export",
+        r"__init__|kernels|modeling(\..*)?|config|engine\.checkpoint"
+        r"|predictor|analysis|overlays|visualize|export",
+    ),
+)
+# (importer, the only packages besides the standard library that it may import)
+THIRD_PARTY = (
+    (r"kernels(\..*)?", {"torch", "ninja"}),
+    (BASE, {"torch", "torchvision"}),
+)
+# Not used anywhere: both need a setuptools that still has pkg_resources.
+BANNED = ("detectron2.model_zoo", "pkg_resources")
+
+# The shared parts know no paper; `meta_arch` only registers the detectors' names.
+PAPER_WORDS = {"sparse", "focus", "lite", "dam", "salience"}
+REGISTERED = {"SparseDETR", "FocusDETR", "LiteDETR"}
+PAPER_FREE = ("modeling.meta_arch", "modeling.criterion", "modeling.decoder")
+
+
+def read_modules() -> dict[str, str]:
+    """Source of every module of the package, by its name in the package."""
+    sources = {}
+    for prefix, folder in FOLDERS.items():
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            parts = (prefix, *parts) if prefix else parts
+            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            sources[name or "__init__"] = path.read_text(encoding="utf-8")
+    return sources
+
+
+SOURCES = read_modules()
+PACKAGES = {"__init__", "kernels", "configs"} | {
+    name for name in SOURCES if any(other.startswith(f"{name}.") for other in SOURCES)
+}
+
+
+def run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those under `if TYPE_CHECKING:`."""
+    yield tree
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            continue
+        yield from run_time_nodes(node)
+
+
+def imported(module: str, source: str) -> Iterator[tuple[str, bool]]:
+    """Full name of all that `module` imports, and whether it is a module of this package.
+
+    Own modules are named as inside the package, and names from them stand for their module.
+    """
+    for node in run_time_nodes(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = node.module or ""
+            if node.level:
+                parts = [] if module == "__init__" else module.split(".")
+                up = node.level - (module in PACKAGES)
+                assert up <= len(parts), f"{module}: relative import leaves the package"
+                start = ".".join(["sparse_detr", *parts[: len(parts) - up], *filter(None, [start])])
+            names = [f"{start}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            is_own = name.split(".")[0] == "sparse_detr"
+            if is_own:
+                name = name.removeprefix("sparse_detr").lstrip(".") or "__init__"
+                if isinstance(node, ast.ImportFrom) and name not in SOURCES:
+                    name = name.rpartition(".")[0] or "__init__"
+            yield name, is_own
+
+
+def violations(module: str, source: str) -> list[str]:
+    """What `source`, as the module of that name, imports against the rules."""
+    allowed = next(allowed for importer, allowed in RULES if re.fullmatch(importer, module))
+    libraries = next((names for who, names in THIRD_PARTY if re.fullmatch(who, module)), None)
+    found = []
+    for name, is_own in imported(module, source):
+        top = name.split(".")[0]
+        if is_own:
+            if any(part.startswith("_") and part != "__init__" for part in name.split(".")):
+                found.append(f"{module} imports the private {name}")
+            if not re.fullmatch(allowed, name):
+                found.append(f"{module} must not import {name}")
+        elif name.startswith(BANNED):
+            found.append(f"{module} must not import {name}")
+        elif libraries is not None and top not in libraries | sys.stdlib_module_names:
+            found.append(f"{module} must not import {name}")
+    return found
+
+
+def paper_names(source: str) -> set[str]:
+    """Identifiers that contain the name of a paper's method."""
+    identifiers = set()
+    for node in ast.walk(ast.parse(source)):
+        for field in ("id", "attr", "arg", "name", "module"):
+            value = getattr(node, field, None)
+            if isinstance(value, str):
+                identifiers.update(value.split("."))
+    return {name for name in identifiers - REGISTERED if PAPER_WORDS & words(name)}
+
+
+def words(identifier: str) -> set[str]:
+    """`SparseDETR` -> {"sparse", "detr"}, `keep_ratio` -> {"keep", "ratio"}"""
+    return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", identifier)}
+
+
+@pytest.mark.parametrize("module", sorted(SOURCES))
+def test_imports_follow_the_rules(module):
+    assert violations(module, SOURCES[module]) == []
+
+
+@pytest.mark.parametrize("module", [name for name in sorted(SOURCES) if "configs" not in name])
+def test_imports_within_the_package_are_relative(module):
+    """So that the package also works under another name, as `projects.sparse_detr`."""
+    absolute = [
+        node.lineno
+        for node in ast.walk(ast.parse(SOURCES[module]))
+        if (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sparse_detr"))
+        or (isinstance(node, ast.Import) and node.names[0].name.startswith("sparse_detr"))
+    ]
+    assert absolute == [], f"absolute imports of sparse_detr in {module}, lines {absolute}"
+
+
+def test_no_import_cycle():
+    graph = {
+        module: {name for name, is_own in imported(module, source) if is_own} - {module}
+        for module, source in SOURCES.items()
+        if not module.startswith("configs")
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail("import cycle: " + " <- ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("module", [name for name in PAPER_FREE if name in SOURCES])
+def test_shared_parts_name_no_paper(module):
+    assert paper_names(SOURCES[module]) == set()
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("kernels.op", "import numpy"),
+        ("kernels.op", "from ..modeling.tokens import Tokens"),
+        ("modeling.tokens", "from .encoder import DenseEncoder"),
+        ("modeling.layers", "from detectron2.layers import Conv2d"),
+        ("modeling.decoder", "from .meta_arch import SetDetector"),
+        ("modeling.decoder", "def f():\n    from .strategies import sparse"),
+        ("modeling.strategies.sparse", "from .focus import FocusEncoder"),
+        ("modeling.strategies.sparse", "from .foreground import foreground_loss"),
+        ("modeling.strategies.sparse", "from ..decoder import DeformableDecoder"),
+        ("modeling.strategies.new", "from .. import DenseEncoder"),
+        ("modeling.transformer", "from .strategies.lite import LiteEncoder"),
+        ("data.mapper", "from ..engine.trainer import Trainer"),
+        ("engine.trainer", "from ..modeling.strategies.sparse import SparseEncoder"),
+        ("engine.trainer", "from detectron2 import model_zoo"),
+        ("engine.trainer", "import detectron2.model_zoo.model_zoo as zoo"),
+        ("predictor", "from .engine.trainer import Trainer"),
+        ("configs.models.x", "from sparse_detr.modeling._private import x"),
+        ("configs.models.x", "from sparse_detr.tools import demo"),
+    ],
+)
+def test_a_violation_is_found(module, source):
+    assert violations(module, source)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("kernels.op", "import torch, math\nfrom .reference import ms_deform_attn"),
+        ("modeling.attention", "from ..kernels import ms_deform_attn"),
+        (
+            "modeling.strategies.sparse",
+            "from .dam import decoder_attention_map\nfrom ..tokens import Tokens",
+        ),
+        ("modeling.encoder", "if TYPE_CHECKING:\n    from .decoder import DecoderOutput"),
+        ("configs.models.x", "from sparse_detr.modeling import DenseEncoder\nfrom .y import model"),
+        ("__init__", "from .config import get_config"),
+    ],
+)
+def test_what_is_allowed_is_not_reported(module, source):
+    assert violations(module, source) == []
+
+
+def test_a_paper_name_is_found():
+    assert paper_names("class Decoder:\n    def forward(self, x): return self.focus_score(x)")
+    assert paper_names("from .strategies.x import SparseEncoder") == {"SparseEncoder"}
+    assert not paper_names("class SparseDETR: pass\nsatellite = elite = 1")

@@ -1,0 +1,262 @@
+"""The whole path: train_net.py on a small Deformable DETR and generated images."""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.data import transforms as T
+from detectron2.engine import default_argument_parser, launch
+from detectron2.evaluation.testing import flatten_results_dict
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train_net  # noqa: E402
+
+from sparse_detr import config, engine  # noqa: E402
+
+QUICK = str(ROOT / "configs" / "quick" / "deformable_detr_shapes.py")
+TINY = [
+    "dataloader.train.dataset.num_images=12",
+    "dataloader.test.dataset.num_images=6",
+    "dataloader.train.mapper.augmentations.short_edges=[64]",
+    "dataloader.train.mapper.augmentations.pre_crop_short_edges=[72]",
+    "dataloader.train.mapper.augmentations.crop_size=[48,64]",
+    "dataloader.test.mapper.augmentations.short_edge=64",
+    "dataloader.train.total_batch_size=2",
+    "dataloader.train.num_workers=0",
+    "dataloader.test.num_workers=0",
+    "model.transformer.embed_dim=32",
+    "model.transformer.encoder.num_layers=1",
+    "model.transformer.encoder.layer.dropout=0.1",
+    "model.transformer.decoder.num_layers=2",
+    "model.transformer.query_selection.num_queries=10",
+    "train.max_iter=6",
+    "train.eval_period=4",
+    "train.checkpointer.period=3",
+    "train.log_period=2",
+    "train.device=cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+def run(data, output_dir, *arguments):
+    flags = [a for a in arguments if a.startswith("--")]
+    overrides = [a for a in arguments if not a.startswith("--")]
+    command = ["--config-file", QUICK, *flags, *TINY, f"data.root={data}"]
+    command += [f"train.output_dir={output_dir}", *overrides]
+    return flatten_results_dict(train_net.main(default_argument_parser().parse_args(command)))
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A finished run: its folder and the results it returned."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, run(data, folder)
+
+
+def metrics(folder):
+    rows = {}
+    for line in (folder / "metrics.json").read_text().splitlines():
+        row = json.loads(line)
+        rows.setdefault(row["iteration"], {}).update(row)
+    return rows
+
+
+def same(first, second):
+    """Bitwise equality of nested checkpoint contents."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def detections(folder):
+    return json.loads((folder / "inference" / "coco_instances_results.json").read_text())
+
+
+def test_a_run_leaves_what_detectron2_users_look_for(finished):
+    folder, results = finished
+    names = {f.name for f in folder.iterdir()}
+    assert {
+        "log.txt", "metrics.json", "config.yaml", "last_checkpoint", "inference",
+        "model_0000002.pth", "model_0000005.pth", "model_final.pth",
+    } <= names  # fmt: skip
+    assert (folder / "inference" / "coco_instances_results.json").is_file()
+    rows = metrics(folder)
+    assert "bbox/AP" in rows[3] and "bbox/AP" in rows[6]  # after 4 iterations, and at the end
+    assert {"loss_class", "loss_bbox_0", "loss_giou_enc", "grad_norm", "lr"} <= rows[5].keys()
+    assert {"bbox/AP", "bbox/AP50", "bbox/AP-star"} <= results.keys()
+
+
+def test_the_log_tells_epoch_iteration_time_left_and_losses(finished):
+    folder, _ = finished
+    log = (folder / "log.txt").read_text()
+    assert "training for 6 iterations (1 epochs of 12 images in batches of 2)" in log
+    assert "training images have no object" in log
+    assert "lr 0.001, weight decay 0.0001" in log
+    (line,) = [x for x in log.splitlines() if "iter 4/6" in x]
+    for part in ("epoch 0.67/1 ", "eta 0:00:0", "total_loss ", "loss_giou ", "grad_norm ", "lr "):
+        assert part in line
+    assert "loss_giou_0" not in line and "loss_giou_enc" not in line
+
+
+def test_resume_equals_an_uninterrupted_run(data, finished, tmp_path):
+    """Bitwise: weights, optimizer and detections. That no evaluation took place changes nothing."""
+    folder, _ = finished
+    shutil.copy(folder / "model_0000002.pth", tmp_path)
+    (tmp_path / "last_checkpoint").write_text("model_0000002.pth")
+    run(data, tmp_path, "--resume", "train.eval_period=0")
+    assert min(metrics(tmp_path)) == 3
+    whole, resumed = read(folder / "model_final.pth"), read(tmp_path / "model_final.pth")
+    assert whole["model"].keys() == resumed["model"].keys()
+    assert same(whole["model"], resumed["model"])
+    assert same(whole["trainer"], resumed["trainer"])
+    assert detections(tmp_path) == detections(folder)
+
+
+def test_resume_survives_a_truncated_checkpoint(data, finished, tmp_path, caplog):
+    folder, _ = finished
+    for name in ("model_0000002.pth", "model_0000005.pth"):
+        shutil.copy(folder / name, tmp_path)
+    cut = tmp_path / "model_0000005.pth"
+    cut.write_bytes(cut.read_bytes()[:5000])
+    (tmp_path / "last_checkpoint").write_text(cut.name)
+    with caplog.at_level(logging.ERROR):
+        run(data, tmp_path, "--resume")
+    assert "cannot read" in caplog.text
+    whole, resumed = read(folder / "model_final.pth"), read(tmp_path / "model_final.pth")
+    assert same(whole["model"], resumed["model"])
+
+
+def test_resuming_a_finished_run_only_evaluates(data, finished, tmp_path):
+    folder, results = finished
+    shutil.copy(folder / "model_final.pth", tmp_path)
+    assert run(data, tmp_path, "--resume") == pytest.approx(results, nan_ok=True)
+    assert detections(tmp_path) == detections(folder)
+    assert not (tmp_path / "model_0000005.pth").exists()
+
+
+def test_eval_only_repeats_the_evaluation_of_the_run(data, finished, tmp_path):
+    folder, results = finished
+    weights = f"train.init_checkpoint={folder / 'model_final.pth'}"
+    assert run(data, tmp_path / "a", "--eval-only", weights) == pytest.approx(results, nan_ok=True)
+    assert detections(tmp_path / "a") == detections(folder)
+
+    (tmp_path / "b").mkdir()  # the output folder's own checkpoint
+    shutil.copy(folder / "model_final.pth", tmp_path / "b")
+    run(data, tmp_path / "b", "--eval-only")
+    assert detections(tmp_path / "b") == detections(folder)
+
+
+def test_eval_only_without_weights_says_what_to_pass(data, tmp_path):
+    with pytest.raises(ValueError, match="nothing to evaluate: pass train.init_checkpoint"):
+        run(data, tmp_path, "--eval-only")
+
+
+def test_the_saved_config_runs_again(finished, tmp_path):
+    folder, _ = finished
+    cfg = config.load_config(str(folder / "config.yaml"))
+    cfg.train.output_dir = str(tmp_path)
+    cfg.train.init_checkpoint = str(folder / "model_final.pth")
+    engine.evaluate(cfg)
+    assert detections(tmp_path) == detections(folder)
+
+
+def test_a_wrong_class_count_stops_before_the_first_step(data, tmp_path):
+    with pytest.raises(ValueError, match="'shapes_train' has 5 classes .*pass model.num_classes=5"):
+        run(data, tmp_path, "model.num_classes=80")
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_pixels_in_the_wrong_order_are_noticed(data, tmp_path):
+    with pytest.raises(ValueError, match="train.mapper delivers BGR .* made for RGB"):
+        run(data, tmp_path, "dataloader.train.mapper.image_format=BGR")
+
+
+def test_a_mistyped_override_stops_at_once(data, tmp_path):
+    with pytest.raises(ValueError, match="Did you mean .*train.max_iter"):
+        run(data, tmp_path, "train.max_iters=3")
+    assert not list(tmp_path.iterdir())
+
+
+def test_absent_data_are_named(tmp_path):
+    cfg = config.load_config(str(ROOT / "configs" / "common" / "data" / "coco.py"))
+    quick = config.load_config(QUICK, [*TINY, f"train.output_dir={tmp_path}"])
+    quick.dataloader.train.dataset = cfg.dataloader.train.dataset
+    quick.dataloader.train.dataset.names = "coco_2017_trian"
+    with pytest.raises(ValueError, match="Did you mean coco_2017_train"):
+        engine.train(quick)
+
+
+def test_an_absent_gpu_is_explained(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="torch sees no GPU: pass train.device=cpu"):
+        run(data, tmp_path, "train.device=cuda")
+
+
+def test_bfloat16_trains_on_the_cpu(data, tmp_path):
+    run(data, tmp_path, "train.amp.enabled=true", "train.max_iter=2")
+    weights = read(tmp_path / "model_final.pth")["model"]
+    assert all(torch.isfinite(v).all() for v in weights.values())
+
+
+def test_the_script_runs_by_itself(data, finished, tmp_path):
+    """From another folder, as a user would, without the package being installed."""
+    folder, _ = finished
+    command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", QUICK, "--eval-only"]
+    command += [*TINY, f"data.root={data}", f"train.output_dir={tmp_path}"]
+    command += [f"train.init_checkpoint={folder / 'model_final.pth'}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "copypaste: AP,AP50,AP75" in done.stdout + done.stderr
+    assert detections(tmp_path) == detections(folder)
+
+
+def train_in_process(data, output_dir):
+    """One process of the data-parallel test: frozen norms, images of one size."""
+    torch.set_num_threads(1)
+    overrides = [*TINY, f"data.root={data}", f"train.output_dir={output_dir}"]
+    overrides += ["train.max_iter=3", "train.log_period=1", "train.eval_period=0"]
+    overrides += ["model.transformer.encoder.layer.dropout=0.0", "optimizer.lr=1e-4"]
+    cfg = config.load_config(QUICK, overrides)
+    cfg.model.backbone.stem.norm = "FrozenBN"
+    for stage in cfg.model.backbone.stages:
+        stage.norm = "FrozenBN"
+    for split in ("train", "test"):
+        cfg.dataloader[split].mapper.augmentations = [L(T.Resize)(shape=[64, 64])]
+    Path(output_dir).mkdir(exist_ok=True)
+    engine.train(cfg)
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does_with_the_joint_batch(data, tmp_path):
+    """Same losses and weights, and an evaluation that gathers every image."""
+    train_in_process(data, tmp_path / "one")
+    launch(train_in_process, 2, dist_url="auto", args=(data, tmp_path / "two"))
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    for iteration in range(3):
+        for key in [k for k in one[iteration] if "loss" in k or k == "grad_norm"]:
+            assert two[iteration][key] == pytest.approx(one[iteration][key], rel=2e-4), key
+    weights = [read(tmp_path / n / "model_final.pth")["model"] for n in ("one", "two")]
+    for name in weights[0]:
+        torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-3, atol=1e-5)
+    assert len(detections(tmp_path / "one")) == len(detections(tmp_path / "two"))
+    assert {d["image_id"] for d in detections(tmp_path / "two")} == set(range(1, 7))

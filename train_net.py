@@ -1,0 +1,45 @@
+#!/usr/bin/env python
+"""Train or evaluate a detector from a LazyConfig.
+
+    python train_net.py --config-file configs/deformable_detr/....py --num-gpus 8
+    python train_net.py --config-file ... train.epochs=12 optimizer.lr=1e-4   # overrides
+    python train_net.py --config-file ... --resume                            # continue a run
+    python train_net.py --config-file ... --eval-only train.init_checkpoint=model.pth
+
+The flags are detectron2's. ``--config-file`` takes a file or the name of a shipped config.
+"""
+
+import argparse
+import importlib.util
+import sys
+import warnings
+from pathlib import Path
+
+warnings.filterwarnings("ignore", message=r"`torch\.jit\.")  # detectron2's import
+if importlib.util.find_spec("sparse_detr") is None:  # run from a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent / "projects"))
+
+from detectron2.engine import default_argument_parser, launch  # noqa: E402
+
+from sparse_detr import config, engine  # noqa: E402
+
+
+def main(args: argparse.Namespace) -> dict:
+    """Runs one process; returns COCOEvaluator's results in the main process."""
+    args.config_file = config.config_path(args.config_file)
+    cfg = config.load_config(args.config_file, args.opts)
+    engine.setup(cfg, args)
+    run = engine.evaluate if args.eval_only else engine.train
+    return run(cfg, resume=args.resume)
+
+
+if __name__ == "__main__":
+    args = default_argument_parser(epilog=__doc__).parse_args()
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
