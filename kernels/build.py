@@ -6,15 +6,14 @@ on. The folder's lock is `flock`: the kernel releases it when a builder dies, so
 simply done again. A library is compiled in a scratch folder, loaded there, and only then renamed
 into place: what lies under its final name works.
 
-    python -m sparse_detr.kernels.build          build what this machine can use, ahead of time
-    python -m sparse_detr.kernels.build --check  say what would be used, build nothing
+    python -m sparse_detr.kernels          build what this machine can use, ahead of time
+    python -m sparse_detr.kernels --check  say what would be used, build nothing
 
 Environment: `SPARSE_DETR_OPS` = auto (default) | reference | cpu | cuda: "reference" never builds,
 "cpu" and "cuda" make a failed build of that one an error. `SPARSE_DETR_CACHE`: the cache folder.
 `MAX_JOBS`, `CXX`, `CUDA_HOME` and `TORCH_CUDA_ARCH_LIST` mean what they mean to torch.
 """
 
-import argparse
 import contextlib
 import fcntl
 import functools
@@ -366,27 +365,3 @@ def _first_error(text: str) -> str:
             if mark in line and "-o " not in line:
                 return line
     return lines[-1] if lines else "the compiler failed without a message"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="build nothing")
-    args = parser.parse_args()
-    from . import op  # noqa: F401  (registers the operators)
-
-    wanted = ["cpu"]
-    if torch.cuda.is_available() or mode() == "cuda":
-        wanted.append("cuda")
-    ok = True
-    for device_type in wanted:
-        found = status(device_type, load=not args.check)
-        print(f"{device_type}: {found.backend}: {found.reason}")
-        if found.cache_dir:
-            print(f"  {found.cache_dir}")
-        ok = ok and found.backend != "reference"
-    return 0 if ok else 1
-
-
-if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
-    sys.exit(main())

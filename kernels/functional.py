@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import build, op  # noqa: F401  (op registers torch.ops.sparse_detr)
+from . import build, op  # noqa: I001  (op registers torch.ops.sparse_detr, flops counts them)
+from . import flops  # noqa: F401
 from . import reference as plain
 
 Shapes = Sequence[tuple[int, int]]

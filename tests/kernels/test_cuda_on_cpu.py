@@ -19,11 +19,16 @@ SHAPES = [(13, 17), (7, 9), (3, 5)]  # 299 tokens
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
-@pytest.fixture(scope="module", params=[900, 800], ids=["sm_90", "sm_80"])
-def cuda(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory):
     if shutil.which("c++") is None and shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
-    return CudaOnCpu(build(tmp_path_factory.mktemp("cuda_on_cpu"), request.param))
+    return build(tmp_path_factory.mktemp("cuda_on_cpu"))
+
+
+@pytest.fixture(scope="module")
+def cuda(libraries):
+    return CudaOnCpu(libraries[0])
 
 
 def accumulator(dtype):
@@ -110,6 +115,15 @@ def test_given_samples(cuda, dtype, channels):
             assert_close(x, y, side_tolerance(accumulator(dtype)))
 
 
+@pytest.mark.parametrize("dtype, channels", [(torch.float32, 32), (torch.bfloat16, 32)], ids=str)
+def test_scalar_reductions_of_earlier_devices(libraries, dtype, channels):
+    inputs = given(dtype, channels)
+    grad_output = torch.randn(2, 37, 3 * channels).to(dtype)
+    expected = expected_gradients(plain.ms_deform_attn, inputs, grad_output)[1]
+    found = CudaOnCpu(libraries[1]).ms_deform_attn_backward(grad_output, *inputs)
+    assert_close(found[0], expected[0], TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("boxes", [False, True], ids=["points", "boxes"])
 @pytest.mark.parametrize("dtype, channels", WIDTHS, ids=str)
 def test_fused_samples(cuda, dtype, channels, boxes):
@@ -149,20 +163,20 @@ def test_key_aware(cuda, dtype, channels, separate):
             assert_close(x, y, max(TOLERANCE[dtype] * 4, side_tolerance(accumulator(dtype))))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("first_level", [0, 1, 2])
 def test_tiles_cover_every_query_once(cuda, dtype, first_level):
     """Encoder queries, all tokens or those of the last levels: tiles give the same bits as a list."""
     queries = sum(h * w for h, w in SHAPES[first_level:])
-    inputs = given(dtype, 32, queries=queries, heads=2)
-    grad_output = torch.randn(2, queries, 64).to(dtype)
+    inputs = given(dtype, 32, queries=queries, heads=1)
+    grad_output = torch.randn(2, queries, 32).to(dtype)
     tiled = cuda.ms_deform_attn(*inputs, tiled_from=first_level)
     assert torch.equal(tiled, cuda.ms_deform_attn(*inputs))
     of_tiles = cuda.ms_deform_attn_backward(grad_output, *inputs, tiled_from=first_level)
     of_list = cuda.ms_deform_attn_backward(grad_output, *inputs)
     assert torch.equal(of_tiles[1], of_list[1]) and torch.equal(of_tiles[2], of_list[2])
     assert_close(of_tiles[0], of_list[0].double(), TOLERANCE[dtype] + 1e-7)
-    query = torch.randn(2, queries, 2, 32).to(dtype)
+    query = torch.randn(2, queries, 1, 32).to(dtype)
     keyed = (query, None, *inputs[:3])
     output, lse = cuda.key_aware_deform_attn(*keyed)
     assert torch.equal(cuda.key_aware_deform_attn(*keyed, tiled_from=first_level)[0], output)

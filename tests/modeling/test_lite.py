@@ -177,6 +177,7 @@ def test_padding_does_not_change_the_memory(attention, merge):
         (dict(num_layers=6, num_blocks=0), "num_layers=6 must be a multiple of num_blocks=0"),
         (dict(num_high_levels=0), r"num_high_levels=0 must lie in 1\.\.4"),
         (dict(num_high_levels=5), r"num_high_levels=5 must lie in 1\.\.4"),
+        (dict(num_high_levels=4, merge_low_update=False), "needs low-level tokens to update"),
     ],
 )
 def test_impossible_splits_are_refused(options, message):

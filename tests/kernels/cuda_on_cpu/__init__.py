@@ -21,29 +21,35 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # enum D
 GUARD = 256  # numbers; keeps 16-byte alignment for every dtype
 
 
-def build(folder: Path, arch: int) -> ctypes.CDLL:
-    """Compiles the kernels for the CPU as if for CUDA architecture `arch` (800, 900)."""
+def build(folder: Path) -> tuple[ctypes.CDLL, ctypes.CDLL]:
+    """The kernels compiled for the CPU, as if for sm_90; and the same with backward.cu for sm_80."""
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         raise FileNotFoundError("no C++ compiler")
     include = Path(torch.__file__).parent / "include"
-    sources = [*sorted(CSRC.glob("*.cu")), HERE / "entry.cpp"]
 
-    def compile(source: Path) -> Path:
+    def compile(source: Path, arch: int) -> Path:
         target = folder / f"{source.stem}_{arch}.o"
         subprocess.run(
-            [compiler, "-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-gnu-unique", "-w",
+            [compiler, "-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-w",
              f"-DEMULATED_ARCH={arch}", f"-I{HERE}", f"-I{CSRC}", f"-I{include}",
              "-x", "c++", "-c", source, "-o", target],
             check=True,
         )  # fmt: skip
         return target
 
+    def link(objects: list[Path], name: str) -> ctypes.CDLL:
+        # Symbols stay local: the two libraries define the same ones.
+        library = folder / name
+        subprocess.run([compiler, "-shared", "-Wl,-Bsymbolic", *objects, "-o", library], check=True)
+        return ctypes.CDLL(str(library), mode=ctypes.RTLD_LOCAL)
+
+    others = [x for x in sorted(CSRC.glob("*.cu")) if x.stem != "backward"] + [HERE / "entry.cpp"]
+    backward = CSRC / "backward.cu"
+    jobs = [(backward, 900), (backward, 800), *((x, 900) for x in others)]
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile, sources))
-    library = folder / f"cuda_on_cpu_{arch}.so"
-    subprocess.run([compiler, "-shared", *objects, "-o", library], check=True)
-    return ctypes.CDLL(str(library))
+        of_90, of_80, *rest = pool.map(lambda job: compile(*job), jobs)
+    return link([of_90, *rest], "cuda_on_cpu_90.so"), link([of_80, *rest], "cuda_on_cpu_80.so")
 
 
 class _Sizes(ctypes.Structure):

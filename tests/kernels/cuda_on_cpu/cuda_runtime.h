@@ -11,6 +11,7 @@
 // Before __CUDA_ARCH__ is defined, which they test.
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -19,8 +20,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <limits>
-#include <memory>
 #include <tuple>
 #include <utility>
 
@@ -72,46 +71,63 @@ namespace emulator {
 }
 
 struct Lane {
-  ucontext_t context;
-  uint64_t exchanged;
+  jmp_buf resume;
+  uint64_t exchanged[2];  // two in turn: one wait per shuffle is enough
+  unsigned shuffles;
   bool finished;
 };
 
 inline constexpr int kWarp = 32;
 inline constexpr size_t kStack = 64 << 10;
 inline Lane lanes[kWarp];
-inline std::unique_ptr<char[]> stacks;
-inline ucontext_t scheduler;
+inline char* stacks;
+inline jmp_buf scheduler;
 inline Lane* current;
 inline bool descending = false;
 inline std::function<void()> body;
 
-inline void wait() { swapcontext(&current->context, &scheduler); }
+// Back to the scheduler, until all lanes of the warp have come this far. (_setjmp and _longjmp
+// make no system call, unlike swapcontext.)
+inline void wait() {
+  if (!_setjmp(current->resume)) _longjmp(scheduler, 1);
+}
 
 inline void enter() {
-  body();
-  current->finished = true;
-  wait();
+  for (;;) {
+    wait();
+    body();
+    current->finished = true;
+  }
+}
+
+inline void resume(Lane& lane) {
+  current = &lane;
+  if (!_setjmp(scheduler)) _longjmp(lane.resume, 1);
+}
+
+inline void start_lanes() {
+  stacks = new char[kWarp * kStack];
+  for (int i = 0; i < kWarp; ++i) {
+    current = &lanes[i];
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks + i * kStack;
+    context.uc_stack.ss_size = kStack;
+    makecontext(&context, enter, 0);
+    if (!_setjmp(scheduler)) setcontext(&context);
+  }
 }
 
 inline void run_warp(unsigned first_thread) {
-  if (!stacks) stacks.reset(new char[kWarp * kStack]);
-  for (int i = 0; i < kWarp; ++i) {
-    Lane& lane = lanes[i];
-    lane.finished = false;
-    getcontext(&lane.context);
-    lane.context.uc_stack.ss_sp = stacks.get() + i * kStack;
-    lane.context.uc_stack.ss_size = kStack;
-    makecontext(&lane.context, enter, 0);
-  }
+  if (stacks == nullptr) start_lanes();
+  for (Lane& lane : lanes) lane.finished = false;
   for (int finished = 0; finished < kWarp;) {  // from one warp-wide operation to the next
     finished = 0;
     for (int i = 0; i < kWarp; ++i) {
       const int lane = descending ? kWarp - 1 - i : i;
-      current = &lanes[lane];
       threadIdx = dim3(first_thread + lane, 0, 0);
-      if (!current->finished) swapcontext(&scheduler, &current->context);
-      finished += current->finished;
+      if (!lanes[lane].finished) resume(lanes[lane]);
+      finished += lanes[lane].finished;
     }
     if (finished != 0 && finished != kWarp) fail("lanes of a warp meet different barriers");
   }
@@ -120,10 +136,10 @@ inline void run_warp(unsigned first_thread) {
 template <typename T>
 T exchange(T x, int from) {
   static_assert(sizeof(T) <= 8);
-  std::memcpy(&current->exchanged, &x, sizeof(T));
+  const unsigned slot = current->shuffles++ % 2;
+  std::memcpy(&current->exchanged[slot], &x, sizeof(T));
   wait();
-  std::memcpy(&x, &lanes[from].exchanged, sizeof(T));
-  wait();
+  std::memcpy(&x, &lanes[from].exchanged[slot], sizeof(T));
   return x;
 }
 

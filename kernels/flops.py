@@ -1,0 +1,61 @@
+"""FLOPs of the operators, as the papers count them.
+
+A multiply-add counts as one in fvcore and in the papers; `torch.utils.flop_counter` counts two.
+One bilinear sample costs 4 multiply-adds per channel (what fvcore counts for `grid_sample`); the
+weighting of the samples, the softmax and the location arithmetic are not counted. The key-aware op
+adds one product per sample and channel for its score, and one for the weighted sum.
+"""
+
+from math import prod
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+
+def sampling_macs(value_shape: tuple[int, ...], sample_shape: tuple[int, ...]) -> int:
+    """Multiply-adds of bilinear samples.
+
+    Args:
+        value_shape: (B, N, M, D).
+        sample_shape: (B, Q, M, L, P, ...), one entry per sample.
+    """
+    return 4 * prod(sample_shape[:5]) * value_shape[3]
+
+
+def key_aware_macs(value_shape: tuple[int, ...], sample_shape: tuple[int, ...],
+                   separate_keys: bool) -> int:
+    """Multiply-adds of key-aware attention; values and keys are sampled once if they are one."""
+    samples = prod(sample_shape[:5]) * value_shape[3]
+    return sampling_macs(value_shape, sample_shape) * (1 + separate_keys) + 2 * samples
+
+
+def _register() -> None:
+    ops = torch.ops.sparse_detr
+
+    @register_flop_formula(ops.ms_deform_attn)
+    def _(value, shapes, locations, weights, *, out_shape=None):
+        return 2 * sampling_macs(value, locations)
+
+    @register_flop_formula(ops.ms_deform_attn_fused)
+    def _(value, shapes, reference, offsets, logits, *, out_shape=None):
+        return 2 * sampling_macs(value, offsets)
+
+    # The backward samples again for the slopes and spreads the gradient over the same corners.
+    @register_flop_formula(ops.ms_deform_attn_backward)
+    def _(grad, value, shapes, locations, weights, mask, *, out_shape=None):
+        return 4 * sampling_macs(value, locations)
+
+    @register_flop_formula(ops.ms_deform_attn_fused_backward)
+    def _(grad, value, shapes, reference, offsets, logits, mask, *, out_shape=None):
+        return 4 * sampling_macs(value, offsets)
+
+    @register_flop_formula(ops.key_aware_deform_attn)
+    def _(query, key, value, shapes, locations, *, out_shape=None):
+        return 2 * key_aware_macs(value, locations, key is not None)
+
+    @register_flop_formula(ops.key_aware_deform_attn_backward)
+    def _(grad, output, lse, query, key, value, shapes, locations, mask, *, out_shape=None):
+        return 4 * key_aware_macs(value, locations, key is not None)
+
+
+_register()
