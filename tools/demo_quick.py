@@ -61,7 +61,7 @@ def table(results: dict[str, float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config-file", default="quick/deformable_detr_shapes", metavar="FILE")
+    parser.add_argument("--config-file", default="quick/sparse_detr_shapes", metavar="FILE")
     parser.add_argument("--output-dir", default="output/demo", metavar="DIR")
     parser.add_argument("opts", nargs="*", help="config overrides, path.key=value")
     args = parser.parse_args()
@@ -74,7 +74,7 @@ def main() -> None:
     print(f"\n{table(results['bbox'])}\n")
     print(f"{time.perf_counter() - start:.0f} s; log, weights and metrics are in {args.output_dir}")
     print(f"AP50: {results['bbox']['AP50'] / 100:.2f}")
-    print("pictures (ground truth | detections):", *pictures, sep="\n  ")
+    print("pictures (ground truth | detections | kept tokens):", *pictures, sep="\n  ")
 
 
 if __name__ == "__main__":

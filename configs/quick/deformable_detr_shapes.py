@@ -11,14 +11,14 @@ from ..common.optim import optimizer
 from ..common.train import train
 from ..models.deformable_detr_two_stage import efficient as model
 
-# ResNet-18 with half its channels, trained from scratch: norms are not frozen
+# ResNet-10 with half its channels, trained from scratch: norms are not frozen
 model.backbone = L(ResNet)(
     stem=L(BasicStem)(in_channels=3, out_channels=32, norm="BN"),
     stages=[
         L(ResNet.make_stage)(
             block_class=BasicBlock,
-            num_blocks=2,
-            stride_per_block=[stride, 1],
+            num_blocks=1,
+            stride_per_block=[stride],
             in_channels=in_channels,
             out_channels=out_channels,
             norm="BN",
@@ -37,6 +37,12 @@ model.num_classes = 5
 model.neck.in_channels = [64, 128, 256]
 model.transformer.embed_dim = 96
 model.transformer.num_levels = 3
+for part in (
+    model.transformer.encoder.layer.attention,
+    model.transformer.decoder.layer.cross_attention,
+    model.transformer.decoder.layer,
+):
+    part.num_heads = 6
 model.transformer.encoder.num_layers = 2
 model.transformer.encoder.layer.ffn_dim = 256
 model.transformer.encoder.layer.dropout = 0.0
@@ -46,8 +52,9 @@ model.transformer.decoder.layer.ffn_dim = 256
 model.transformer.decoder.layer.dropout = 0.0
 
 dataloader.train.total_batch_size = 8
-dataloader.train.num_workers = 1
-dataloader.test.num_workers = 1
+# two cores compute: a worker process would take one of them
+dataloader.train.num_workers = 0
+dataloader.test.num_workers = 0
 
 optimizer.lr = 1e-3
 optimizer.params.lr_factor_func.rules = {"sampling_offsets": 0.1, "reference_points": 0.1}
@@ -59,7 +66,7 @@ lr_multiplier = L(WarmupParamScheduler)(
 
 train.output_dir = "./output/quick/deformable_detr_shapes"
 train.epochs = None
-train.max_iter = 2500
+train.max_iter = 1500
 train.eval_period = 500
 train.checkpointer.period = 500
 train.log_period = 20

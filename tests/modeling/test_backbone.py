@@ -20,6 +20,8 @@ class _Wrapped(torch.nn.Module):
     def __init__(self, backbone):
         super().__init__()
         self.backbone = backbone
+        self.transformer = torch.nn.Module()
+        self.transformer.encoder = torch.nn.Module()
 
 
 @pytest.mark.parametrize("dilated", [False, True])

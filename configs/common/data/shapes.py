@@ -12,13 +12,14 @@ dataloader.train.dataset = L(shapes_dataset)(
     names="shapes_train", root="${data.root}", split="train", seed="${data.seed}"
 )
 dataloader.train.mapper.augmentations.update(
-    short_edges=[144, 160, 176, 192],
+    short_edges=[128, 144, 160],
     max_size=256,
-    pre_crop_short_edges=[160, 192, 224],
-    crop_size=[112, 192],
+    pre_crop_short_edges=[144, 176],
+    crop_size=[112, 160],
+    crop_prob=0.25,
 )
 dataloader.test.dataset = L(shapes_dataset)(
     names="shapes_val", root="${data.root}", split="val", seed="${data.seed}"
 )
-dataloader.test.mapper.augmentations.update(short_edge=168, max_size=256)
+dataloader.test.mapper.augmentations.update(short_edge=144, max_size=256)
 dataloader.test.batch_size = 8

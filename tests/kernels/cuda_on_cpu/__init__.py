@@ -31,7 +31,7 @@ def build(folder: Path) -> tuple[ctypes.CDLL, ctypes.CDLL]:
     def compile(source: Path, arch: int) -> Path:
         target = folder / f"{source.stem}_{arch}.o"
         subprocess.run(
-            [compiler, "-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-w",
+            [compiler, "-std=c++17", "-O0", "-fPIC", "-ffp-contract=off", "-w",
              f"-DEMULATED_ARCH={arch}", f"-I{HERE}", f"-I{CSRC}", f"-I{include}",
              "-x", "c++", "-c", source, "-o", target],
             check=True,

@@ -77,6 +77,11 @@ class LiteEncoder(Encoder):
                 f"LiteEncoder: num_high_levels={num_high_levels} must lie in 1..{num_levels}, the "
                 "number of levels"
             )
+        if num_high_levels == num_levels and not merge_low_update:
+            raise ValueError(
+                f"LiteEncoder: merge_low_update=False needs low-level tokens to update, but "
+                f"num_high_levels={num_high_levels} makes all levels high; take fewer"
+            )
         self.num_high_levels = num_high_levels
         self.layers_per_block = num_layers // num_blocks
         self.layers = clone_layers(layer, num_layers)
