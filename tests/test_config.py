@@ -122,4 +122,4 @@ def test_overrides_reach_what_is_built_from_them():
     cfg = get_config(QUICK, ["model.num_classes=3", "model.transformer.embed_dim=192"])
     model = instantiate(cfg.model)
     assert model.num_classes == model.transformer.heads.num_classes == 3
-    assert model.transformer.level_embed.shape == (3, 64)
+    assert model.transformer.level_embed.shape == (3, 192)

@@ -21,28 +21,7 @@ import train_net  # noqa: E402
 
 from sparse_detr import config, engine  # noqa: E402
 
-QUICK = str(ROOT / "configs" / "quick" / "deformable_detr_shapes.py")
-TINY = [
-    "dataloader.train.dataset.num_images=12",
-    "dataloader.test.dataset.num_images=6",
-    "dataloader.train.mapper.augmentations.short_edges=[64]",
-    "dataloader.train.mapper.augmentations.pre_crop_short_edges=[72]",
-    "dataloader.train.mapper.augmentations.crop_size=[48,64]",
-    "dataloader.test.mapper.augmentations.short_edge=64",
-    "dataloader.train.total_batch_size=2",
-    "dataloader.train.num_workers=0",
-    "dataloader.test.num_workers=0",
-    "model.transformer.embed_dim=32",
-    "model.transformer.encoder.num_layers=1",
-    "model.transformer.encoder.layer.dropout=0.1",
-    "model.transformer.decoder.num_layers=2",
-    "model.transformer.query_selection.num_queries=10",
-    "train.max_iter=6",
-    "train.eval_period=4",
-    "train.checkpointer.period=3",
-    "train.log_period=2",
-    "train.device=cpu",
-]
+TINY = str(ROOT / "tests" / "engine" / "tiny_shapes.py")  # six iterations
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +32,7 @@ def data(tmp_path_factory):
 def run(data, output_dir, *arguments):
     flags = [a for a in arguments if a.startswith("--")]
     overrides = [a for a in arguments if not a.startswith("--")]
-    command = ["--config-file", QUICK, *flags, *TINY, f"data.root={data}"]
+    command = ["--config-file", TINY, *flags, f"data.root={data}"]
     command += [f"train.output_dir={output_dir}", *overrides]
     return flatten_results_dict(train_net.main(default_argument_parser().parse_args(command)))
 
@@ -199,11 +178,11 @@ def test_a_mistyped_override_stops_at_once(data, tmp_path):
 
 def test_absent_data_are_named(tmp_path):
     cfg = config.load_config(str(ROOT / "configs" / "common" / "data" / "coco.py"))
-    quick = config.load_config(QUICK, [*TINY, f"train.output_dir={tmp_path}"])
-    quick.dataloader.train.dataset = cfg.dataloader.train.dataset
-    quick.dataloader.train.dataset.names = "coco_2017_trian"
+    tiny = config.load_config(TINY, [f"train.output_dir={tmp_path}"])
+    tiny.dataloader.train.dataset = cfg.dataloader.train.dataset
+    tiny.dataloader.train.dataset.names = "coco_2017_trian"
     with pytest.raises(ValueError, match="Did you mean coco_2017_train"):
-        engine.train(quick)
+        engine.train(tiny)
 
 
 def test_an_absent_gpu_is_explained(data, tmp_path, monkeypatch):
@@ -221,8 +200,8 @@ def test_bfloat16_trains_on_the_cpu(data, tmp_path):
 def test_the_script_runs_by_itself(data, finished, tmp_path):
     """From another folder, as a user would, without the package being installed."""
     folder, _ = finished
-    command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", QUICK, "--eval-only"]
-    command += [*TINY, f"data.root={data}", f"train.output_dir={tmp_path}"]
+    command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", TINY, "--eval-only"]
+    command += [f"data.root={data}", f"train.output_dir={tmp_path}"]
     command += [f"train.init_checkpoint={folder / 'model_final.pth'}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -233,10 +212,10 @@ def test_the_script_runs_by_itself(data, finished, tmp_path):
 def train_in_process(data, output_dir):
     """One process of the data-parallel test: frozen norms, images of one size."""
     torch.set_num_threads(1)
-    overrides = [*TINY, f"data.root={data}", f"train.output_dir={output_dir}"]
+    overrides = [f"data.root={data}", f"train.output_dir={output_dir}", "optimizer.lr=1e-4"]
     overrides += ["train.max_iter=3", "train.log_period=1", "train.eval_period=0"]
-    overrides += ["model.transformer.encoder.layer.dropout=0.0", "optimizer.lr=1e-4"]
-    cfg = config.load_config(QUICK, overrides)
+    overrides += [f"model.transformer.{part}.layer.dropout=0.0" for part in ("encoder", "decoder")]
+    cfg = config.load_config(TINY, overrides)
     cfg.model.backbone.stem.norm = "FrozenBN"
     for stage in cfg.model.backbone.stages:
         stage.norm = "FrozenBN"

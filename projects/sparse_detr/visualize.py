@@ -49,18 +49,14 @@ def draw_kept_tokens(
     selected: torch.Tensor,
     shapes: Sequence[tuple[int, int]],
     *,
-    padded_size: tuple[int, int],
-    input_size: tuple[int, int],
     scale: float = 1.0,
 ) -> np.ndarray:
-    """The image, the darker the fewer levels keep a token there.
+    """An image that was alone in its batch, the darker the fewer levels keep a token there.
 
     Args:
         image: (H, W, 3) uint8 RGB, in any resolution.
         selected: (K,) indices of the kept tokens among those of all levels, finest level first.
         shapes: (H_l, W_l) of every level.
-        padded_size: height and width in pixels of the padded network input that the levels cover.
-        input_size: height and width in pixels of this image within it.
         scale: enlarges the picture.
 
     Returns:
@@ -69,9 +65,7 @@ def draw_kept_tokens(
     height, width = round(image.shape[0] * scale), round(image.shape[1] * scale)
     kept = torch.zeros(sum(h * w for h, w in shapes))  # (N,)
     kept[selected.cpu()] = 1
-    # pixel centres of the picture, in network-input pixels and then in cells of each level
-    rows = (np.arange(height) + 0.5) / height * input_size[0] / padded_size[0]
-    columns = (np.arange(width) + 0.5) / width * input_size[1] / padded_size[1]
+    rows, columns = ((np.arange(n) + 0.5) / n for n in (height, width))  # pixel centres in [0, 1]
     light = np.zeros((height, width))
     for level, (h, w) in zip(kept.split([h * w for h, w in shapes]), shapes, strict=True):
         cells = level.view(h, w).numpy()
@@ -115,12 +109,7 @@ def draw_example(
     ]
     encoded, shapes = outputs[0].encoded, outputs[0].tokens.shapes
     if encoded.selected is not None:
-        size = tuple(entry["image"].shape[-2:])  # alone in its batch: not padded
-        pictures.append(
-            draw_kept_tokens(
-                image, encoded.selected[0], shapes, padded_size=size, input_size=size, scale=scale
-            )
-        )
+        pictures.append(draw_kept_tokens(image, encoded.selected[0], shapes, scale=scale))
     return side_by_side(pictures)
 
 

@@ -1,0 +1,59 @@
+"""Pictures of ground truth, detections and kept tokens."""
+
+import numpy as np
+import torch
+from detectron2.data import Metadata
+from detectron2.structures import Boxes, BoxMode, Instances
+
+from sparse_detr.visualize import (
+    draw_detections,
+    draw_ground_truth,
+    draw_kept_tokens,
+    side_by_side,
+)
+
+IMAGE = np.full((40, 60, 3), 200, np.uint8)
+METADATA = Metadata(thing_classes=["cat", "dog"])
+
+
+def changed(picture):
+    """Box around the pixels that differ from the plain image: x0, y0, x1, y1."""
+    rows, columns = np.nonzero((picture != 200).any(-1))
+    return columns.min(), rows.min(), columns.max(), rows.max()
+
+
+def test_detections_below_the_threshold_are_not_drawn():
+    found = Instances((40, 60))
+    found.pred_boxes = Boxes(torch.tensor([[5.0, 5, 20, 20], [40, 20, 55, 35]]))
+    found.scores = torch.tensor([0.2, 0.1])
+    found.pred_classes = torch.tensor([0, 1])
+    assert (draw_detections(IMAGE, found, METADATA, threshold=0.5) == IMAGE).all()
+    assert changed(draw_detections(IMAGE, found, METADATA, threshold=0.15))[2] < 40
+    assert changed(draw_detections(IMAGE, found, METADATA, threshold=0.0))[2] > 50
+
+
+def test_ground_truth_is_drawn_where_it_is():
+    record = {
+        "annotations": [
+            {"bbox": [10, 12, 20, 16], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1}
+        ]
+    }
+    picture = draw_ground_truth(IMAGE, record, METADATA, scale=2)
+    assert picture.shape == (80, 120, 3)
+    x0, y0, x1, y1 = changed(picture)
+    assert abs(x0 - 20) <= 4 and abs(y0 - 24) <= 4 and x1 >= 56 and y1 >= 52
+
+
+def test_pixels_are_the_brighter_the_more_levels_keep_them():
+    """Levels of 4 x 6 and 2 x 3 cells; the upper left cell is kept in both."""
+    selected = torch.tensor([0, 1, 24])
+    picture = draw_kept_tokens(IMAGE, selected, [(4, 6), (2, 3)])
+    both, coarse, none = picture[5, 5, 0], picture[15, 15, 0], picture[35, 55, 0]
+    assert both == 200 and none == 30 and none < coarse < both
+    assert picture[5, 15, 0] == both  # token 1 of the fine level lies in the same coarse cell
+    assert picture[5, 25, 0] == none
+
+
+def test_pictures_of_unlike_heights_stand_side_by_side():
+    row = side_by_side([IMAGE, IMAGE[:10, :10]], gap=2)
+    assert row.shape == (40, 72, 3) and (row[20, 65] == 255).all() and (row[:, 60:62] == 255).all()
