@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import build, op  # noqa: I001  (op registers torch.ops.sparse_detr, flops counts them)
-from . import flops  # noqa: F401
+from . import build, flops, op  # noqa: F401  (registers torch.ops.sparse_detr and their FLOPs)
 from . import reference as plain
 
 Shapes = Sequence[tuple[int, int]]

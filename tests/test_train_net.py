@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train_net  # noqa: E402
-
 from sparse_detr import config, engine  # noqa: E402
 
 TINY = str(ROOT / "tests" / "engine" / "tiny_shapes.py")  # six iterations

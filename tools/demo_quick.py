@@ -16,13 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import train_net  # noqa: E402  (makes `sparse_detr` importable)
 from detectron2.config import instantiate  # noqa: E402
 from detectron2.data import MetadataCatalog  # noqa: E402
 from detectron2.engine import default_argument_parser  # noqa: E402
 from PIL import Image  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
+import train_net  # noqa: E402  (makes `sparse_detr` importable)
 from sparse_detr import config, engine, visualize  # noqa: E402
 
 PICTURES = 8

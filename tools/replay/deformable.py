@@ -228,7 +228,7 @@ def _compare_losses(case: Case, model, output, targets: list[Target]) -> None:
     criterion = model.criterion
     sets = model.transformer.predictions(output)
     calls = []
-    for call, (prediction, match) in enumerate(zip(sets, criterion.match(sets, targets))):
+    for call, match in enumerate(criterion.match(sets, targets)):
         start = torch.tensor([0, *(len(t.labels) for t in targets)]).cumsum(0)
         local = match.target - start[match.batch]
         calls.append(torch.stack([torch.full_like(local, call), match.batch, match.query, local], 1))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparse_detr.config import get_config
 from sparse_detr.engine.convert import convert_state_dict
-from sparse_detr.modeling import ContrastiveDenoising, KeyAwareDeformAttn, MSDeformAttn
+from sparse_detr.modeling import KeyAwareDeformAttn, MSDeformAttn
 from sparse_detr.modeling.denoising import Noise
 from sparse_detr.modeling.matcher import Target
 from sparse_detr.modeling.postprocess import top_detections
@@ -116,7 +116,7 @@ def run_attention(case: Case) -> None:
     case.compare("grad_value_rows", gradients["value"][:, :: steps["v_step"]])
     for name in ("query", "value"):
         case.compare(f"grad_{name}_stats", torch.tensor(stats(gradients[name])))
-    for name, parameter in layer.named_parameters():
+    for name, _ in layer.named_parameters():
         case.compare(f"grad:{name}", _every_row(gradients[name]))
         case.compare(f"gradstat:{name}", torch.tensor(stats(gradients[name])))
     _nothing_unchecked(case)

@@ -80,12 +80,13 @@ void softmax_gradient(int count, const A* weights, A* grad) {
 }  // namespace
 
 template <typename T>
-void attention_forward(const Attention<T>& in, T* output, int64_t row, int64_t row_end) {
+void attention_forward(const Attention<T>& in, T* output, int64_t first, int64_t last) {
   using A = Accumulator<T>;
   const Sizes& s = in.sizes;
   Reader<T, A> reader(in, 0, s.samples());
   Corners<const T> corners(s, int(reader.samples.chunks.size()));
-  for (; row < row_end; ++row) {
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t row = in.order[i];
     const T* image = in.value + row / s.Q * s.image_stride();
     for (int m = 0; m < s.M; ++m) {
       reader.read(row, m);
@@ -110,7 +111,8 @@ void attention_backward(const Attention<T>& in, const AttentionGradients<T>& gra
   Dots<A> dots(chunks);
   std::vector<A> grad_output(s.D), grad_x(padded), grad_y(padded), grad_xy(2 * padded),
       grad_share(padded);
-  for (int64_t row = b * s.Q; row < (b + 1) * s.Q; ++row) {
+  for (int64_t i = b * s.Q; i < (b + 1) * s.Q; ++i) {
+    const int64_t row = in.order[i];
     for (int m = head; m < head_end; ++m) {
       const int64_t offset = b * s.image_stride() + m * s.D;
       reader.read(row, m);

@@ -127,9 +127,18 @@ void parallel_over_heads(const Sizes& s, int levels, F&& f) {
 
 // ---- ms_deform_attn, plain (reference undefined) and fused
 
+// Every query is placed by its first reference or its first sampling location.
+std::vector<int64_t> order_of(const Tensor& place) {
+  const int64_t B = place.size(0), Q = place.size(1), stride = place.stride(1);
+  return place.scalar_type() == at::kDouble
+      ? visiting_order(B, Q, pointer<const double>(place), stride)
+      : visiting_order(B, Q, pointer<const float>(place), stride);
+}
+
 struct AttentionInputs {
   Tensor value, reference, coordinates, shares;
   Call call;
+  std::vector<int64_t> order;
 
   AttentionInputs(const Tensor& value, at::IntArrayRef shapes, const Tensor& reference,
                   const Tensor& coordinates, const Tensor& shares)
@@ -149,6 +158,7 @@ struct AttentionInputs {
       check_type("locations", coordinates, accumulator_of(value));
       check_sizes("weights", shares, {s.B, s.Q, s.M, s.L, s.P});
     }
+    if (!call.empty()) order = order_of(reference.defined() ? this->reference : this->coordinates);
   }
 
   template <typename T>
@@ -156,7 +166,8 @@ struct AttentionInputs {
     using A = Accumulator<T>;
     const bool fused = reference.defined();
     return {call.sizes, pointer<const T>(value), fused ? int(reference.size(3)) : 0,
-            fused ? pointer<const A>(reference) : nullptr, side(coordinates), side(shares)};
+            fused ? pointer<const A>(reference) : nullptr, side(coordinates), side(shares),
+            order.data()};
   }
 };
 
@@ -250,6 +261,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_fused_backward(
 struct KeyAwareInputs {
   Tensor query, key, value, locations;
   Call call;
+  std::vector<int64_t> order;
 
   KeyAwareInputs(const Tensor& query, const std::optional<Tensor>& key, const Tensor& value,
                  at::IntArrayRef shapes, const Tensor& locations)
@@ -264,12 +276,13 @@ struct KeyAwareInputs {
     check_type("query", query, value.scalar_type());
     check_type("key", this->key, value.scalar_type());
     check_type("locations", locations, accumulator_of(value));
+    if (!call.empty()) order = order_of(this->locations);
   }
 
   template <typename T>
   KeyAware<T> as() const {
     return {call.sizes, pointer<const T>(query), pointer<const T>(key), pointer<const T>(value),
-            pointer<const Accumulator<T>>(locations)};
+            pointer<const Accumulator<T>>(locations), order.data()};
   }
 };
 

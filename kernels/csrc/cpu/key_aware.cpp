@@ -21,8 +21,8 @@ void locate(const KeyAware<T>& in, int64_t row, int m, Samples<A>& samples) {
 }  // namespace
 
 template <typename T>
-void key_aware_forward(const KeyAware<T>& in, T* output, Accumulator<T>* lse, int64_t row,
-                       int64_t row_end) {
+void key_aware_forward(const KeyAware<T>& in, T* output, Accumulator<T>* lse, int64_t first,
+                       int64_t last) {
   using A = Accumulator<T>;
   const Sizes& s = in.sizes;
   Samples<A> samples(s, 0, s.samples());
@@ -31,7 +31,8 @@ void key_aware_forward(const KeyAware<T>& in, T* output, Accumulator<T>* lse, in
   Dots<A> dots(chunks);
   std::vector<A> query(s.D), scores(chunks * kChunk);
   const A scale = 1 / std::sqrt(A(s.D));
-  for (; row < row_end; ++row) {
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t row = in.order[i];
     const int64_t image = row / s.Q * s.image_stride();
     for (int m = 0; m < s.M; ++m) {
       const int64_t head = row * s.token_stride() + m * s.D;
@@ -68,7 +69,8 @@ void key_aware_backward(const KeyAware<T>& in, const KeyAwareGradients<T>& grad,
   std::vector<Slopes<A>> by_key(chunks), by_value(chunks);
   std::vector<A> query(s.D), grad_output(s.D), weight(padded), grad_score(padded), grad_xy(2 * padded);
   const A scale = 1 / std::sqrt(A(s.D));
-  for (int64_t row = b * s.Q; row < (b + 1) * s.Q; ++row) {
+  for (int64_t i = b * s.Q; i < (b + 1) * s.Q; ++i) {
+    const int64_t row = in.order[i];
     for (int m = head; m < head_end; ++m) {
       const int64_t offset = row * s.token_stride() + m * s.D;
       const int64_t image = b * s.image_stride() + m * s.D;

@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include <vector>
+
 #include "simd.h"
 
 namespace sparse_detr {
@@ -43,6 +45,7 @@ struct Attention {
   const A* reference;
   Side coordinates;
   Side shares;
+  const int64_t* order;  // visiting_order() of the rows
 };
 
 template <typename T>
@@ -63,6 +66,7 @@ struct KeyAware {
   const T* key;  // == value: keys are the values
   const T* value;
   const A* locations;
+  const int64_t* order;  // visiting_order() of the rows
 };
 
 template <typename T>
@@ -76,11 +80,18 @@ struct KeyAwareGradients {
   A* locations;  // nullptr: not wanted
 };
 
-// Rows are (image, query) pairs: b * Q + q. Heads of one image are independent in the backward: a
+// Rows are (image, query) pairs: b * Q + q. They are visited image by image, neighbours in the map one
+// after the other, whatever the order of the queries is: most of what a query samples is then in the
+// cache. It depends on the inputs only, so that sums have the same bits in every run.
+// place[row * stride]: normalised (x, y) near which the row samples.
+template <typename A>
+std::vector<int64_t> visiting_order(int64_t B, int64_t Q, const A* place, int64_t stride);
+
+// Forward: the rows order[first] ... order[last - 1]. Backward: heads of one image are independent: a
 // call covers heads [head, head_end) and levels [level, level_end) of image b, over all queries,
 // and adds to the value gradient of these heads and levels only.
 template <typename T>
-void attention_forward(const Attention<T>& in, T* output, int64_t row, int64_t row_end);
+void attention_forward(const Attention<T>& in, T* output, int64_t first, int64_t last);
 template <typename T>
 void attention_backward(const Attention<T>& in, const AttentionGradients<T>& grad, int64_t b,
                         int head, int head_end, int level, int level_end);
@@ -90,8 +101,8 @@ template <typename T>
 void softmax_backward(const Attention<T>& in, Accumulator<T>* grad, int64_t row, int64_t row_end);
 
 template <typename T>
-void key_aware_forward(const KeyAware<T>& in, T* output, Accumulator<T>* lse, int64_t row,
-                       int64_t row_end);
+void key_aware_forward(const KeyAware<T>& in, T* output, Accumulator<T>* lse, int64_t first,
+                       int64_t last);
 template <typename T>
 void key_aware_backward(const KeyAware<T>& in, const KeyAwareGradients<T>& grad, int64_t b,
                         int head, int head_end);

@@ -21,7 +21,6 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-
 logger = logging.getLogger(__name__)
 
 
