@@ -11,6 +11,8 @@ from math import prod
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from . import op  # noqa: F401  (registers the operators)
+
 
 def sampling_macs(value_shape: tuple[int, ...], sample_shape: tuple[int, ...]) -> int:
     """Multiply-adds of bilinear samples.

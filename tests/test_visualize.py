@@ -23,13 +23,16 @@ def changed(picture):
 
 
 def test_detections_below_the_threshold_are_not_drawn():
-    found = Instances((40, 60))
-    found.pred_boxes = Boxes(torch.tensor([[5.0, 5, 20, 20], [40, 20, 55, 35]]))
+    image = np.full((240, 320, 3), 200, np.uint8)
+    found = Instances((240, 320))
+    found.pred_boxes = Boxes(torch.tensor([[10.0, 10, 60, 60], [200, 160, 300, 220]]))
     found.scores = torch.tensor([0.2, 0.1])
     found.pred_classes = torch.tensor([0, 1])
-    assert (draw_detections(IMAGE, found, METADATA, threshold=0.5) == IMAGE).all()
-    assert changed(draw_detections(IMAGE, found, METADATA, threshold=0.15))[2] < 40
-    assert changed(draw_detections(IMAGE, found, METADATA, threshold=0.0))[2] > 50
+    assert (draw_detections(image, found, METADATA, threshold=0.5) == image).all()
+    x0, y0, x1, y1 = changed(draw_detections(image, found, METADATA, threshold=0.15))
+    assert x0 <= 10 and y0 <= 10 and 58 <= x1 < 200 and 58 <= y1 < 160  # the first box alone
+    x0, y0, x1, y1 = changed(draw_detections(image, found, METADATA, threshold=0.0))
+    assert x0 <= 10 and y0 <= 10 and x1 >= 298 and y1 >= 218
 
 
 def test_ground_truth_is_drawn_where_it_is():

@@ -74,17 +74,20 @@ def test_it_holds_what_a_detector_has_to_cope_with(root):
         assert x >= 0 and y >= 0 and w > 0 and h > 0 and x + w <= width and y + h <= height
 
 
-def test_colour_does_not_give_the_class_away():
-    """The mean colour of each class is that of all objects, within its standard error."""
-    colours = {kind: [] for kind in range(len(CLASSES))}
-    for index in range(120):
+def test_objects_are_vivid_and_so_are_some_things_that_are_none():
+    """Saturation finds objects, but not them alone: distractors must be told apart by outline."""
+
+    def saturation(pixels):
+        return (pixels.max(-1).astype(float) - pixels.min(-1)) / 255
+
+    inside, outside = [], []
+    for index in range(60):
         pixels, objects = draw_image(np.random.RandomState([9, index]))
-        for kind, mask in objects:
-            colours[kind].append(pixels[mask].mean(0))
-    everything = np.concatenate([np.array(c) for c in colours.values()])
-    for values in colours.values():
-        error = everything.std(0) / len(values) ** 0.5
-        assert (np.abs(np.mean(values, 0) - everything.mean(0)) < 4 * error).all()
+        covered = np.any([mask for _, mask in objects], axis=0) if objects else np.zeros(pixels.shape[:2], bool)
+        inside += [saturation(pixels[mask]).mean() for _, mask in objects]
+        outside.append(np.quantile(saturation(pixels[~covered]), 0.98))
+    assert np.median(inside) > 0.4
+    assert 0.1 < np.mean(np.array(outside) > 0.4) < 0.7  # images with a vivid distractor
 
 
 def test_an_unknown_split_is_refused(tmp_path):

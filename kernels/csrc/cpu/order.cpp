@@ -12,7 +12,7 @@ template <typename A>
 std::vector<int64_t> visiting_order(int64_t B, int64_t Q, const A* place, int64_t stride) {
   constexpr int kSide = 12;
   const auto cell = [&](const A* p) {
-    const auto step = [](A x) { return x > 0 ? int(std::min(x, A(0.999)) * kSide) : 0; };  // NaN: 0
+    const auto step = [=](A x) { return x > 0 ? int(std::min(x, A(0.999)) * kSide) : 0; };  // NaN: 0
     return step(p[1]) * kSide + step(p[0]);
   };
   std::vector<int64_t> order(B * Q);

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 CLASSES = ("disc", "triangle", "square", "star", "cross")
 DISTRACTORS = ("ring", "bar", "blob", "half disc")
 SPLITS = {"train": 800, "val": 128}  # images
-VERSION = 2  # of the drawing code: part of the reuse check below
+VERSION = 3  # of the drawing code: part of the reuse check below
 SUPERSAMPLING = 4
 
 
@@ -140,7 +140,7 @@ def draw_image(rng: np.random.RandomState) -> tuple[np.ndarray, list[tuple[int, 
     num_objects = 0 if rng.rand() < 0.07 else min(1 + rng.poisson(3.2), 9)
     kinds = [rng.randint(len(CLASSES)) for _ in range(num_objects)]
     kinds += [-1] * rng.randint(1, 5)  # distractors
-    sizes = np.exp(rng.uniform(math.log(15), math.log(0.8 * min(height, width)), len(kinds)))
+    sizes = np.exp(rng.uniform(math.log(13), math.log(0.85 * min(height, width)), len(kinds)))
 
     layers: list[
         tuple[int, int, np.ndarray]
