@@ -227,12 +227,13 @@ def tiny(config=LITE, **encoder_options):
 
 def test_a_few_steps_on_one_image_reduce_the_loss():
     model = tiny().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     batch, totals = [sample(64, 64)], []
-    for _ in range(12):
+    for _ in range(30):  # faster, border proposals win the ranking for a while
         total = sum(model(batch).values())
         optimizer.zero_grad()
         total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         totals.append(float(total.detach()))
     assert totals[-1] < 0.8 * totals[0]
