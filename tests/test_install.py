@@ -333,7 +333,7 @@ def test_report_on_an_outdated_package(monkeypatch):
     report = check_install.Report()
     check_install.check_requirements(report)
     assert [p["what"] for p in report.problems] == [
-        "torch 2.1.0 is installed, torch>=2.3 is needed"
+        "torch 2.1.0 is installed, torch>=2.6 is needed"
     ]
     assert not report.ok
 

@@ -178,7 +178,7 @@ def check_gpu(report: Report) -> None:
     try:
         import torch
     except Exception as error:
-        report.problem(f"torch doesn't import: {error_line(error)}", pip_install("torch>=2.3"))
+        report.problem(f"torch doesn't import: {error_line(error)}", pip_install("torch>=2.6"))
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the driver; said below

@@ -281,9 +281,9 @@ def remove_half_installed(site_packages):
 def install_detectron2(env):
     """Unpack the snapshot pinned in requirements/detectron2.txt, unless there is a detectron2.
 
-    The wheel is labelled for Python 3.10, but only one file in it is: the compiled `_C`, built for
-    torch 2.3, which detectron2 can do without. It also has a stray top-level `tools` package. Both
-    are left out, and the folder appears in one piece.
+    The wheel is labelled for Python 3.10, but only one file in it is: the compiled `_C`, which
+    needs CUDA 12 and an old torch, and detectron2 can do without it. It also has a stray top-level
+    `tools` package. Both are left out, and the folder appears in one piece.
     """
     if not env.absent(["detectron2"]):
         say("detectron2 is there already: used as it is")
