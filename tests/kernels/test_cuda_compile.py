@@ -32,8 +32,8 @@ def test_no_kernel_spills(kernels, arch):
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_registers_leave_room_for_enough_warps(kernels, arch):
-    """The kernels for float32 and 16-bit values; 64 registers are 32 warps on a multiprocessor."""
-    ceilings = {"forward": 64, "backward": 80, "key aware forward": 80, "key aware backward": 128}
+    """Float32 and 16-bit values; 64 registers leave room for 32 warps on a multiprocessor, 128 for 16."""
+    ceilings = {"forward": 64, "backward": 64, "key aware forward": 104, "key aware backward": 120}
     for name, ceiling in ceilings.items():
         mine = [k for k in kernels if k.arch == arch and k.name.startswith(name + " ")
                 and "float64" not in k.name]
