@@ -40,6 +40,7 @@ class Kernel:
     gather: float | None = None  # instructions per sample
     prepare: float | None = None
     finish: float | None = None
+    atomics: list[str] | None = None  # opcodes, e.g. REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU
 
 
 def find_nvcc() -> str | None:
@@ -48,9 +49,19 @@ def find_nvcc() -> str | None:
     return next((x for x in found if x and Path(x).is_file()), None)
 
 
-def find_disassembler() -> str | None:
+def cuda_home() -> Path | None:
+    """The toolkit that nvcc belongs to; nvcc itself may be a wrapper script elsewhere."""
     nvcc = find_nvcc()
-    found = [shutil.which("cuobjdump"), nvcc and str(Path(nvcc).resolve().parent / "cuobjdump")]
+    if nvcc is None:
+        return None
+    done = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.*)$", done.stderr, re.MULTILINE)
+    return Path(top[1]).resolve() if top else Path(nvcc).resolve().parents[1]
+
+
+def find_disassembler() -> str | None:
+    home = cuda_home()
+    found = [shutil.which("cuobjdump"), home and str(home / "bin" / "cuobjdump")]
     triton = importlib.util.find_spec("triton")
     if triton and triton.origin:
         found.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"))
@@ -84,10 +95,12 @@ def short_name(symbol: str) -> str:
         exact = width[4] == "1"
         words += [TYPES[width[1]], f"x{int(width[2]) * int(width[3])}" if exact else "any"]
         if name.startswith("key aware"):
-            shared = re.match(r"ELb([01])E", symbol[width.end() :])
+            shared = re.match(r"E*Lb([01])E", symbol[width.end() :])
             words.append("keys=values" if shared and shared[1] == "1" else "keys")
-    elif plain := re.search(rf"kernelI{TYPE}", symbol):
-        words.append(TYPES[plain[1]])
+    elif plain := re.search(rf"kernelI{TYPE}{TYPE}?", symbol):
+        words += [TYPES[x] for x in plain.groups() if x]
+    if name == "reference":
+        return " ".join(words)
     if "FusedI" in symbol:
         source = re.search(rf"FusedI[fd]({TYPE}|S\d*_)E", symbol)
         wide = source is None or source[1] in ("f", "d")
@@ -136,16 +149,15 @@ def count_instructions(kernel: Kernel, symbol: str, code: str) -> None:
         return
     group = int(width[3])
     maps = 2 if kernel.name.endswith("keys") else 1
-    shortest = loops(code)
-    # A token's packet is 8 or 16 bytes; the pair of a location is 4, 8 or 16 in "prepare".
-    for body in shortest:
+    for body in loops(code):
         gathers = count(body, "LDG")
-        if kernel.gather is None and gathers >= 4 * maps and count(body, "LDS") and count(body, "FFMA"):
+        if kernel.gather is None and gathers >= 4 * maps and count(body, "LDS"):
             kernel.gather = len(body) / (gathers / (4 * maps)) / (32 / group)
         elif kernel.prepare is None and count(body, "STS") >= 2 and count(body, "LDG"):
             kernel.prepare = len(body) / 32
-        elif kernel.finish is None and count(body, "STG") and count(body, "LDS"):
-            kernel.finish = len(body) / 32
+        elif kernel.finish is None and kernel.name.startswith("backward"):
+            if count(body, "STG") and count(body, "LDS"):
+                kernel.finish = len(body) / 32
 
 
 def report(archs: list[int], folder: Path) -> list[Kernel]:
@@ -164,9 +176,21 @@ def report(archs: list[int], folder: Path) -> list[Kernel]:
                 arch = int(re.match(r"\d+", section)[0])
                 for function in re.split(r"\n\s*Function : ", section)[1:]:
                     symbol = function.split("\n", 1)[0].strip()
-                    count_instructions(kernels[arch, symbol], symbol, function)
+                    kernel = kernels[arch, symbol]
+                    count_instructions(kernel, symbol, function)
+                    kernel.atomics = sorted(set(re.findall(r"\b(?:RED|ATOM)[\w.]+", function)))
         found += kernels.values()
     return sorted(found, key=lambda k: (k.arch, k.name))
+
+
+def print_table(kernels: list[Kernel]) -> None:
+    print(f"{'':5} {'':58} {'bytes':>17} {'instructions per sample':>27}")
+    print(f"{'arch':5} {'kernel':58} {'regs':>4} {'spill':>5} {'shared':>6}"
+          f" {'gather':>8} {'prepare':>8} {'finish':>8}")  # fmt: skip
+    for k in kernels:
+        counts = ("-" if x is None else f"{x:.1f}" for x in (k.gather, k.prepare, k.finish))
+        print(f"sm_{k.arch} {k.name:58} {k.registers:4} {k.spilled_bytes:5} {k.shared_bytes:6} "
+              + " ".join(f"{x:>8}" for x in counts))  # fmt: skip
 
 
 def main() -> None:
@@ -184,11 +208,7 @@ def main() -> None:
             kernels = report(args.arch, folder)
         except subprocess.CalledProcessError:
             sys.exit("the CUDA sources do not compile, see above")
-    print(f"{'arch':5} {'kernel':58} {'regs':>4} {'spill':>5} {'smem':>6}"
-          f" {'gather':>7} {'prepare':>7} {'finish':>7}  instructions per sample")  # fmt: skip
-    for k in kernels:
-        loops_ = " ".join("      -" if x is None else f"{x:7.1f}" for x in (k.gather, k.prepare, k.finish))
-        print(f"sm_{k.arch} {k.name:58} {k.registers:4} {k.spilled_bytes:5} {k.shared_bytes:6} {loops_}")
+    print_table(kernels)
     if find_disassembler() is None:
         print("no instruction counts: cuobjdump is neither in the CUDA toolkit nor in Triton's wheel")
     if args.json:

@@ -97,7 +97,7 @@ WIDTHS = [
 
 
 def side_tolerance(dtype):
-    """For gradients of locations, weights, offsets, logits, which are sums in float32 or float64."""
+    """Of gradients of locations, weights, offsets and logits: sums in float32 or float64."""
     return {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, TOLERANCE.get(dtype))
 
 
@@ -166,7 +166,7 @@ def test_key_aware(cuda, dtype, channels, separate):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("first_level", [0, 1, 2])
 def test_tiles_cover_every_query_once(cuda, dtype, first_level):
-    """Encoder queries, all tokens or those of the last levels: tiles give the same bits as a list."""
+    """Encoder queries, all tokens or those of the last levels: the same bits as from a list."""
     queries = sum(h * w for h, w in SHAPES[first_level:])
     inputs = given(dtype, 32, queries=queries, heads=1)
     grad_output = torch.randn(2, queries, 32).to(dtype)
@@ -190,8 +190,8 @@ def test_tiles_cover_every_query_once(cuda, dtype, first_level):
 @pytest.mark.parametrize("levels, points", [(1, 1), (8, 1), (1, 5), (8, 9), (8, 80)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_number_of_samples(cuda, dtype, levels, points):
-    """One sample; a number that fills no chunk evenly; many chunks; more than shared memory holds."""
-    shapes = [(3 + l, 9 - l) for l in range(levels)]
+    """One; a number that fills no chunk evenly; many chunks; more than shared memory holds."""
+    shapes = [(3 + level, 9 - level) for level in range(levels)]
     inputs = fused(dtype, 32, False, queries=6, heads=2, points=points, shapes=shapes)
     grad_output = torch.randn(2, 6, 64).to(dtype)
     output, gradients = expected_gradients(plain.ms_deform_attn_fused, inputs, grad_output)
@@ -235,7 +235,8 @@ def test_outside_and_nonfinite(cuda, channels):
         torch.testing.assert_close(
             output, plain.ms_deform_attn(value, shapes, locations, weights), rtol=1e-5, atol=1e-5
         )
-        grads = cuda.ms_deform_attn_backward(torch.randn_like(output), x, shapes, locations, weights)
+        grad_output = torch.randn_like(output)
+        grads = cuda.ms_deform_attn_backward(grad_output, x, shapes, locations, weights)
         assert not any(g.isnan().any() for g in grads)
         assert grads[1][:, :3].abs().sum() == 0 and grads[2][:, :3].abs().sum() == 0
         assert grads[0][:, :first].abs().sum() == 0
@@ -243,7 +244,7 @@ def test_outside_and_nonfinite(cuda, channels):
         output, lse = cuda.key_aware_deform_attn(query, None, x, shapes, locations)
         torch.testing.assert_close(lse[:, :3], torch.full((2, 3, 3), 12.0).log())  # scores are 0
         grads = cuda.key_aware_deform_attn_backward(
-            torch.randn_like(output), output, lse, query, None, x, shapes, locations
+            grad_output, output, lse, query, None, x, shapes, locations
         )
         assert not any(g.isnan().any() for g in grads if g is not None)
         assert grads[3][:, :3].abs().sum() == 0
@@ -358,13 +359,14 @@ def test_beyond_2_to_the_31_numbers(cuda):
     def pointer(x):
         return ctypes.c_void_p(x.data_ptr())
 
-    run = cuda.library
-    assert run.run_forward(ctypes.byref(sizes), 0, pointer(value), ctypes.byref(samples), pointer(output)) == 0
+    library = cuda.library
+    call = (ctypes.byref(sizes), 0)
+    assert library.run_forward(*call, pointer(value), ctypes.byref(samples), pointer(output)) == 0
     assert torch.equal(output[2, 0], torch.arange(64.0)) and output[:2].abs().sum() == 0
-    sums = _GradientMap(sum=grad_value.data_ptr())
-    assert run.run_backward(
-        ctypes.byref(sizes), 0, pointer(output), pointer(value), ctypes.byref(samples),
-        ctypes.byref(sums), ctypes.byref(_SampleGradients()), None,
+    sums, no_side = _GradientMap(sum=grad_value.data_ptr()), _SampleGradients()
+    assert library.run_backward(
+        *call, pointer(output), pointer(value), ctypes.byref(samples), ctypes.byref(sums),
+        ctypes.byref(no_side), None,
     ) == 0  # fmt: skip
     assert torch.equal(grad_value[2, -1, 0], torch.arange(64.0))
     assert grad_value[2, -2].abs().sum() == 0

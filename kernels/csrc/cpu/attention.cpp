@@ -13,8 +13,7 @@ template <typename T, typename A>
 class Reader {
  public:
   Reader(const Attention<T>& in, int first, int count)
-      : samples(in.sizes, first, count), in_(in), logits_(in.sizes.samples()),
-        weights_(in.sizes.samples()) {}
+      : samples(in.sizes, first, count), in_(in), weights_(whole_chunks(in.sizes.samples())) {}
 
   void read(int64_t row, int m) {
     const Sizes& s = in_.sizes;
@@ -23,14 +22,13 @@ class Reader {
     row_ = row;
     const int64_t head = (row * s.M + m) * s.samples();
     samples.locate(in_.coordinates, 2 * (head + samples.first));
-    const A* share = load_row(in_.shares, head, s.samples(), logits_.data());
+    shares_ = load_row(in_.shares, head, s.samples(), weights_.data());
     if (dim > 0) {
-      softmax(s.samples(), share, weights_.data());
-      share = weights_.data();
+      if (shares_ != weights_.data()) std::copy_n(shares_, s.samples(), weights_.data());
+      softmax(s.samples(), weights_);
+      shares_ = weights_.data();
     }
-    shares_ = share;
-    samples.set_shares(share + samples.first);
-    samples.weigh();
+    samples.set_shares(shares_ + samples.first);
   }
 
   // Attention weights of all L * P samples of the last head that was read.
@@ -40,7 +38,7 @@ class Reader {
 
  private:
   const Attention<T>& in_;
-  std::vector<A> logits_, weights_;
+  std::vector<A> weights_;
   const A* shares_ = nullptr;
   int64_t row_ = -1;
 };
@@ -83,16 +81,22 @@ template <typename T>
 void attention_forward(const Attention<T>& in, T* output, int64_t first, int64_t last) {
   using A = Accumulator<T>;
   const Sizes& s = in.sizes;
-  Reader<T, A> reader(in, 0, s.samples());
-  Corners<const T> corners(s, int(reader.samples.chunks.size()));
-  for (int64_t i = first; i < last; ++i) {
-    const int64_t row = in.order[i];
-    const T* image = in.value + row / s.Q * s.image_stride();
-    for (int m = 0; m < s.M; ++m) {
-      reader.read(row, m);
-      corners.point_to(image + m * s.D, reader.samples);
-      weighted_sum(corners, reader.samples, s.D, output + row * s.token_stride() + m * s.D);
-    }
+  // Two sets, in turn: while one head is summed, the cache lines of the next one are on their way.
+  Reader<T, A> readers[2] = {{in, 0, s.samples()}, {in, 0, s.samples()}};
+  const int chunks = int(readers[0].samples.chunks.size());
+  Corners<const T> corners[2] = {{s, chunks}, {s, chunks}};
+  const auto prepare = [&](int64_t i) {
+    const int64_t row = in.order[i / s.M], m = i % s.M;
+    readers[i & 1].read(row, int(m));
+    readers[i & 1].samples.weigh();
+    corners[i & 1].point_to(in.value + row / s.Q * s.image_stride() + m * s.D, readers[i & 1].samples);
+    corners[i & 1].prefetch();
+  };
+  prepare(first * s.M);
+  for (int64_t i = first * s.M; i < last * s.M; ++i) {
+    if (i + 1 < last * s.M) prepare(i + 1);
+    T* const to = output + in.order[i / s.M] * s.token_stride() + i % s.M * s.D;
+    weighted_sum(corners[i & 1], readers[i & 1].samples, s.D, to);
   }
 }
 
@@ -151,7 +155,8 @@ void attention_backward(const Attention<T>& in, const AttentionGradients<T>& gra
           store_row(grad.coordinates, 2 * first, 2 * samples.count, grad_xy.data());
         if (grad.shares.data) store_row(grad.shares, first, samples.count, grad_share.data());
       }
-      if (grad.value) scatter(grad_corners, samples, s.D, grad_output.data());
+      if (grad.value)
+        scatter(grad_corners, samples, s.D, {{reader.shares() + samples.first, grad_output.data()}});
     }
   }
 }
@@ -161,9 +166,11 @@ void softmax_backward(const Attention<T>& in, Accumulator<T>* grad, int64_t row,
   using A = Accumulator<T>;
   const Sizes& s = in.sizes;
   const int n = s.samples();
-  std::vector<A> logits(n), weights(n);
+  std::vector<A> weights(whole_chunks(n));
   for (int64_t i = row * s.M; i < row_end * s.M; ++i) {
-    softmax(n, load_row(in.shares, i * n, n, logits.data()), weights.data());
+    const A* logits = load_row(in.shares, i * n, n, weights.data());
+    if (logits != weights.data()) std::copy_n(logits, n, weights.data());
+    softmax(n, weights);
     softmax_gradient(n, weights.data(), grad + i * n);
   }
 }

@@ -25,32 +25,41 @@ void key_aware_forward(const KeyAware<T>& in, T* output, Accumulator<T>* lse, in
                        int64_t last) {
   using A = Accumulator<T>;
   const Sizes& s = in.sizes;
-  Samples<A> samples(s, 0, s.samples());
-  const int chunks = int(samples.chunks.size());
-  Corners<const T> keys(s, chunks), values(s, chunks);
+  const bool shared = in.key == in.value;
+  // Two sets, in turn: while one head is worked on, the cache lines of the next one are on their way.
+  Samples<A> samples_of[2] = {{s, 0, s.samples()}, {s, 0, s.samples()}};
+  const int chunks = int(samples_of[0].chunks.size());
+  Corners<const T> keys_of[2] = {{s, chunks}, {s, chunks}}, values_of[2] = {{s, chunks}, {s, chunks}};
+  const auto prepare = [&](int64_t i) {
+    const int64_t row = in.order[i / s.M], m = i % s.M;
+    const int64_t base = row / s.Q * s.image_stride() + m * s.D;
+    locate(in, row, int(m), samples_of[i & 1]);
+    keys_of[i & 1].point_to(in.key + base, samples_of[i & 1]);
+    keys_of[i & 1].prefetch();
+    if (shared) return;
+    values_of[i & 1].point_to(in.value + base, samples_of[i & 1]);
+    values_of[i & 1].prefetch();
+  };
   Dots<A> dots(chunks);
   std::vector<A> query(s.D), scores(chunks * kChunk);
   const A scale = 1 / std::sqrt(A(s.D));
-  for (int64_t i = first; i < last; ++i) {
-    const int64_t row = in.order[i];
-    const int64_t image = row / s.Q * s.image_stride();
-    for (int m = 0; m < s.M; ++m) {
-      const int64_t head = row * s.token_stride() + m * s.D;
-      locate(in, row, m, samples);
-      widen(in.query + head, s.D, query.data());
-      keys.point_to(in.key + image + m * s.D, samples);
-      corner_dots(keys, s.D, query.data(), dots);
-      for (int c = 0; c < chunks; ++c) {
-        Slopes<A> slope;
-        slopes(samples.chunks[c], dots[c], slope);
-        for (int j = 0; j < kChunk; ++j) scores[c * kChunk + j] = scale * slope.value[j];
-      }
-      lse[row * s.M + m] = softmax(samples.count, scores.data(), scores.data());
-      samples.set_shares(scores.data());
-      samples.weigh();
-      values.point_to(in.value + image + m * s.D, samples);
-      weighted_sum(values, samples, s.D, output + head);
+  prepare(first * s.M);
+  for (int64_t i = first * s.M; i < last * s.M; ++i) {
+    if (i + 1 < last * s.M) prepare(i + 1);
+    const int64_t head = in.order[i / s.M] * s.M + i % s.M;
+    Samples<A>& samples = samples_of[i & 1];
+    const Corners<const T>& keys = keys_of[i & 1];
+    widen(in.query + head * s.D, s.D, query.data());
+    corner_dots(keys, s.D, query.data(), dots);
+    for (int c = 0; c < chunks; ++c) {
+      Slopes<A> slope;
+      slopes(samples.chunks[c], dots[c], slope);
+      for (int j = 0; j < kChunk; ++j) scores[c * kChunk + j] = scale * slope.value[j];
     }
+    lse[head] = softmax(samples.count, scores);
+    samples.set_shares(scores.data());
+    samples.weigh();
+    weighted_sum(shared ? keys : values_of[i & 1], samples, s.D, output + head * s.D);
   }
 }
 
@@ -60,7 +69,6 @@ void key_aware_backward(const KeyAware<T>& in, const KeyAwareGradients<T>& grad,
   using A = Accumulator<T>;
   const Sizes& s = in.sizes;
   const bool shared = in.key == in.value;  // keys are the values: one gradient for both
-  A* const grad_key = shared ? grad.value : grad.key;
   Samples<A> samples(s, 0, s.samples());
   const int n = samples.count, chunks = int(samples.chunks.size()), padded = chunks * kChunk;
   Corners<const T> keys(s, chunks), values(s, chunks);
@@ -80,7 +88,7 @@ void key_aware_backward(const KeyAware<T>& in, const KeyAwareGradients<T>& grad,
       keys.point_to(in.key + image, samples);
       values.point_to(in.value + image, samples);
       if (grad.value) grad_values.point_to(grad.value + image, samples);
-      if (grad_key) grad_keys.point_to(grad_key + image, samples);
+      if (!shared && grad.key) grad_keys.point_to(grad.key + image, samples);
       corner_dots(keys, s.D, query.data(), key_dots);
       corner_dots(values, s.D, grad_output.data(), value_dots);
 
@@ -107,15 +115,19 @@ void key_aware_backward(const KeyAware<T>& in, const KeyAwareGradients<T>& grad,
       if (grad.locations)
         std::copy_n(grad_xy.data(), 2 * n, grad.locations + 2 * (row * s.M + m) * n);
 
-      if (grad.value) {
-        samples.set_shares(weight.data());
+      if (grad.query) {
+        samples.set_shares(grad_score.data());
         samples.weigh();
-        scatter(grad_values, samples, s.D, grad_output.data());
+        weighted_sum(keys, samples, s.D, grad.query + offset);
       }
-      samples.set_shares(grad_score.data());
-      samples.weigh();
-      if (grad.query) weighted_sum(keys, samples, s.D, grad.query + offset);
-      if (grad_key) scatter(grad_keys, samples, s.D, query.data());
+      const Term<A> by_values = {weight.data(), grad_output.data()};
+      const Term<A> by_scores = {grad_score.data(), query.data()};
+      if (shared) {
+        if (grad.value) scatter(grad_values, samples, s.D, {by_values, by_scores});
+      } else {
+        if (grad.value) scatter(grad_values, samples, s.D, {by_values});
+        if (grad.key) scatter(grad_keys, samples, s.D, {by_scores});
+      }
     }
   }
 }

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "problem.h"
@@ -19,6 +20,8 @@
 namespace sparse_detr {
 
 constexpr int kChunk = 16;
+
+inline int whole_chunks(int count) { return (count + kChunk - 1) / kChunk * kChunk; }
 
 // ---- rows of run-time type
 
@@ -220,17 +223,32 @@ inline float exp_nonpositive(float x) {
 }
 inline double exp_nonpositive(double x) { return std::exp(x); }
 
-// Softmax of logits[0..count) into `weights`; returns the log of the sum of exponentials.
+// Softmax of the first `count` of the scores, in place. The scores fill whole chunks. Returns
+// the log of the sum of exponentials.
 template <typename A>
-inline A softmax(int count, const A* logits, A* weights) {
-  A top = logits[0];
-  for (int j = 1; j < count; ++j) top = logits[j] > top ? logits[j] : top;
-  for (int j = 0; j < count; ++j) weights[j] = exp_nonpositive(logits[j] - top);
-  A sum = 0;
-  for (int j = 0; j < count; ++j) sum += weights[j];
-  const A scale = 1 / sum;
-  for (int j = 0; j < count; ++j) weights[j] *= scale;
-  return top + std::log(sum);
+inline A softmax(int count, std::vector<A>& scores) {
+  constexpr int W = kLanes<A, kChunk>;
+  using V = Vector<A, W>;
+  const int padded = int(scores.size());
+  for (int j = count; j < padded; ++j) scores[j] = -std::numeric_limits<A>::infinity();
+  V top = load<W>(scores.data());
+  for (int j = W; j < padded; j += W) {
+    const V x = load<W>(&scores[j]);
+    top = x > top ? x : top;
+  }
+  top = over_lanes<A, W>(top, [](V a, V b) { return a > b ? a : b; });
+  V sum = {};
+  for (int j = 0; j < padded; j += W) {
+    A x[W];
+    store<W>(x, V(load<W>(&scores[j]) - top));
+    for (int i = 0; i < W; ++i) x[i] = exp_nonpositive(x[i]);
+    store<W>(&scores[j], load<W>(x));
+    sum += load<W>(x);
+  }
+  sum = over_lanes<A, W>(sum, [](V a, V b) { return a + b; });
+  const V scale = 1 / sum;
+  for (int j = 0; j < padded; j += W) store<W>(&scores[j], V(load<W>(&scores[j]) * scale));
+  return top[0] + std::log(sum[0]);
 }
 
 // ---- corners
@@ -262,6 +280,13 @@ class Corners {
       }
       std::memcpy(chunks_[c].at, address, sizeof(address));
     }
+  }
+
+  // Asks for the cache lines of all corners.
+  void prefetch() const {
+    for (const Addresses& chunk : chunks_)
+      for (T* const* at = &chunk.at[0][0]; at != &chunk.at[0][0] + 4 * kChunk; ++at)
+        for (size_t c = 0; c < outside_.size(); c += 64 / sizeof(T)) __builtin_prefetch(*at + c);
   }
 
   const Addresses& operator[](size_t chunk) const { return chunks_[chunk]; }
@@ -322,22 +347,33 @@ inline void corner_dots(const Corners<const T>& corners, int D, const A* vector,
   });
 }
 
-// value at the corner += weight * vector
+// One term of a sample's gradient: share of the sample (one per sample, in order) times a vector (D).
 template <typename A>
-inline void scatter(const Corners<A>& corners, const Samples<A>& samples, int D, const A* vector) {
+struct Term { const A* share; const A* vector; };
+
+// value at the corner += bilinear weight * sum of the terms
+template <typename A, int Terms>
+inline void scatter(const Corners<A>& corners, const Samples<A>& samples, int D,
+                    const Term<A> (&terms)[Terms]) {
   for_each_block(D, [&](auto channels, int c) {
     constexpr int C = channels, W = kLanes<A, C>, K = C / W;
     using V = Vector<A, W>;
-    V row[K];
-    for (int v = 0; v < K; ++v) row[v] = load<W>(vector + c + v * W);
+    V vector[Terms][K];
+    for (int t = 0; t < Terms; ++t)
+      for (int v = 0; v < K; ++v) vector[t][v] = load<W>(terms[t].vector + c + v * W);
     for (size_t k = 0; k < samples.chunks.size(); ++k) {
       const Chunk<A>& chunk = samples.chunks[k];
       const auto& at = corners[k].at;
       for (int j = 0; j < chunk.count; ++j) {
+        V row[K];
+        for (int v = 0; v < K; ++v) {
+          row[v] = terms[0].share[k * kChunk + j] * vector[0][v];
+          for (int t = 1; t < Terms; ++t) row[v] += terms[t].share[k * kChunk + j] * vector[t][v];
+        }
         for (int i = 0; i < 4; ++i) {
           A* p = at[i][j] + c;
           for (int v = 0; v < K; ++v)
-            store<W>(p + v * W, V(load<W>(p + v * W) + chunk.weight[i][j] * row[v]));
+            store<W>(p + v * W, V(load<W>(p + v * W) + chunk.bilinear[i][j] * row[v]));
         }
       }
     }

@@ -138,6 +138,9 @@ constexpr int odd_lane(int i, int) { return 2 * i + 1; }
 constexpr int low_halves(int i, int W) { return i / 2 + i % 2 * W; }            // a0 b0 a1 b1 ...
 constexpr int high_halves(int i, int W) { return i / 2 + i % 2 * W + W / 2; }
 
+template <int Half>
+constexpr int rotated(int i, int W) { return (i + Half) % W; }
+
 template <int (*Lane)(int, int), typename A, int W, std::size_t... I>
 inline Vector<A, W> shuffle(Vector<A, W> a, Vector<A, W> b, std::index_sequence<I...>) {
 #if defined(__clang__)
@@ -151,6 +154,16 @@ inline Vector<A, W> shuffle(Vector<A, W> a, Vector<A, W> b, std::index_sequence<
 template <int (*Lane)(int, int), typename A, int W>
 inline Vector<A, W> shuffle(Vector<A, W> a, Vector<A, W> b) {
   return shuffle<Lane, A, W>(a, b, std::make_index_sequence<W>());
+}
+
+// combine() over all lanes, in every lane.
+template <typename A, int W, int Half = W / 2, typename F>
+inline Vector<A, W> over_lanes(Vector<A, W> v, F&& combine) {
+  if constexpr (Half == 0) {
+    return v;
+  } else {
+    return over_lanes<A, W, Half / 2>(combine(v, shuffle<rotated<Half>, A, W>(v, v)), combine);
+  }
 }
 
 // The vector whose lane i is the sum of the lanes of row(i), for W rows; depth first, so that only

@@ -74,7 +74,8 @@ struct FusedGradient {
     }
     if (offsets) {
       if (source.boxes) {
-        const auto size = load_pair(source.reference + int64_t(row.query * problem.levels + l) * 4 + 2);
+        const A* box = source.reference + int64_t(row.query * problem.levels + l) * 4;
+        const auto size = load_pair(box + 2);
         gx *= source.step * size.x * level.width;
         gy *= source.step * size.y * level.height;
       }
@@ -109,7 +110,7 @@ FusedGradient<A, S> gradient_of(const Fused<A, S>&, const SampleGradients& x) {
   return FusedGradient<A, S>(x);
 }
 
-// ---- the kernel -----------------------------------------------------------------------------------
+// ---- the kernel ------------------------------------------------------------------------------
 
 template <typename A>
 struct Record {
@@ -121,7 +122,7 @@ struct Record {
 };
 
 template <typename W, typename Source, typename Gradient, typename Map>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks * sizeof(float) / sizeof(typename W::A))
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks / W::kWords)
     backward_kernel(Problem problem, int tiles, Source source, Gradient gradient, Map grad_value,
                     const typename W::T* __restrict__ grad_output,
                     const typename W::T* __restrict__ value) {
@@ -136,7 +137,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks * sizeof(float) / si
   const int count = problem.levels * problem.points;
   A* weight_gradients = Gradient::kSoftmax ? dynamic_shared<A>() + group * count : nullptr;
 
-  const int64_t plane = (tile.image * problem.tokens * problem.heads + tile.head) * problem.channels;
+  const int64_t plane =
+      (tile.image * problem.tokens * problem.heads + tile.head) * problem.channels;
   grad_value.start(problem);
   source.select_image(problem, tile.image);
   gradient.select_image(problem, tile.image);
@@ -226,7 +228,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks * sizeof(float) / si
     }
     if constexpr (Gradient::kSoftmax) {
       __syncwarp();
-      gradient.template store_logits<W::G>(problem, source, row, lane, weight_gradients, query >= 0);
+      gradient.template store_logits<W::G>(problem, source, row, lane, weight_gradients,
+                                           query >= 0);
       __syncwarp();
     }
   }
@@ -302,7 +305,7 @@ cudaError_t backward(const Problem& problem, Dtype dtype, const void* grad_outpu
                               FixedMap<typename W::A>(grad_value), gradients, stream);
     });
   }
-  // The softmax keeps L * P numbers per group in shared memory: with very many samples, fewer groups.
+  // The softmax keeps L * P numbers per group in shared memory: with many samples, fewer groups.
   const int channels = problem.levels * problem.points <= 512 ? problem.channels : 0;
   return for_each_width(dtype, channels, [&](auto width) {
     using W = decltype(width);

@@ -59,7 +59,8 @@ Tensor unwanted(const Tensor& like) { return at::empty({0}, like.options()); }
 void* pointer(const Tensor& x) { return x.defined() && x.numel() ? x.data_ptr() : nullptr; }
 
 // The sizes of one call, from value (B, N, M, D) and samples (B, Q, M, L, P, 2).
-Problem problem_of(int64_t tokens, int64_t channels, at::IntArrayRef shapes, const Tensor& samples) {
+Problem problem_of(int64_t tokens, int64_t channels, at::IntArrayRef shapes,
+                   const Tensor& samples) {
   constexpr int64_t kInt = std::numeric_limits<int>::max();
   TORCH_CHECK_VALUE(!shapes.empty() && shapes.size() % 2 == 0,
                     "shapes must be [H0, W0, H1, W1, ...], got ", shapes);
@@ -79,12 +80,13 @@ Problem problem_of(int64_t tokens, int64_t channels, at::IntArrayRef shapes, con
     sum += height * width;
   }
   TORCH_CHECK_VALUE(sum == tokens, "shapes ", shapes, " have ", sum, " tokens, expected ", tokens);
-  TORCH_CHECK_VALUE(tokens * heads * channels <= kInt, "an image's value has ", tokens, " x ", heads,
-                    " x ", channels, " numbers, the CUDA kernels take less than 2^31; a batch may be "
-                    "larger");
-  TORCH_CHECK_VALUE(2 * queries * heads * levels * points <= kInt && queries * heads * channels <= kInt,
+  TORCH_CHECK_VALUE(tokens * heads * channels <= kInt, "an image's value has ", tokens, " x ",
+                    heads, " x ", channels, " numbers, the CUDA kernels take less than 2^31 (in a "
+                    "batch of any size)");
+  TORCH_CHECK_VALUE(2 * queries * heads * levels * points <= kInt &&
+                        queries * heads * channels <= kInt,
                     "an image has ", queries, " queries x ", heads, " heads x ", levels * points,
-                    " samples, the CUDA kernels take less than 2^30; split the queries");
+                    " samples, the CUDA kernels take less than 2^30: split the queries");
   Problem problem(samples.size(0), static_cast<int>(queries), static_cast<int>(heads),
                   static_cast<int>(channels), static_cast<int>(points), static_cast<int>(levels),
                   shapes.data());
@@ -360,7 +362,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> key_aware_deform_attn_backward(
 
 // ---- attention_map_splat ------------------------------------------------------------------------
 
-Tensor attention_map_splat(at::TensorList locations, at::TensorList weights, at::IntArrayRef shapes) {
+Tensor attention_map_splat(at::TensorList locations, at::TensorList weights,
+                           at::IntArrayRef shapes) {
   TORCH_CHECK_VALUE(!locations.empty() && locations.size() == weights.size(),
                     "expected one locations and one weights tensor per layer, got ",
                     locations.size(), " and ", weights.size());
@@ -380,7 +383,8 @@ Tensor attention_map_splat(at::TensorList locations, at::TensorList weights, at:
     check("locations", xy, xy.sizes(), type, first.device());
     check("weights", share, xy.sizes().slice(0, 5), type, first.device());
     if (xy.numel() == 0) continue;
-    C10_CUDA_CHECK(splat(problem, dtype, pointer(xy), pointer(share), pointer(fixed), device.stream));
+    C10_CUDA_CHECK(splat(problem, dtype, pointer(xy), pointer(share), pointer(fixed),
+                         device.stream));
   }
   Tensor map = at::zeros({first.size(0), tokens}, first.options().dtype(type));
   C10_CUDA_CHECK(splat_to_float(dtype, pointer(fixed), map.numel(), pointer(map), device.stream));

@@ -44,6 +44,7 @@ struct Width {
   using A = Accumulator<T>;
   static constexpr int V = V_, G = G_;
   static constexpr bool kExact = kExact_;
+  static constexpr int kWords = sizeof(A) / 4;  // registers of a number
   static constexpr int kGroups = kThreads / G;  // queries in flight in the largest block
   // Samples prepared at a time; 32 bytes each, so at most 16 KB of shared memory in float32.
   static constexpr int kChunk = 2 * G < 32 ? 2 * G : 32;
@@ -67,12 +68,13 @@ DEVICE void narrow(double x, double& y) { y = x; }
 DEVICE void narrow(float x, __half& y) { y = __float2half_rn(x); }
 DEVICE void narrow(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
 
-DEVICE float widen_bits(unsigned short bits, __half) { return __half2float(__ushort_as_half(bits)); }
-DEVICE float widen_bits(unsigned short bits, __nv_bfloat16) {
+// 16-bit numbers from and to their bits; the last argument selects the type.
+DEVICE float from_bits(unsigned short bits, __half) { return widen(__ushort_as_half(bits)); }
+DEVICE float from_bits(unsigned short bits, __nv_bfloat16) {
   return __uint_as_float(static_cast<unsigned>(bits) << 16);
 }
-DEVICE unsigned short narrow_bits(float x, __half) { return __half_as_ushort(__float2half_rn(x)); }
-DEVICE unsigned short narrow_bits(float x, __nv_bfloat16) {
+DEVICE unsigned short to_bits(float x, __half) { return __half_as_ushort(__float2half_rn(x)); }
+DEVICE unsigned short to_bits(float x, __nv_bfloat16) {
   return __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
 
@@ -89,88 +91,52 @@ DEVICE T* opaque(T* p) {
   return p;
 }
 
-// V consecutive elements as they lie in memory, V * sizeof(T) bytes aligned: a single load or
-// store, and no more registers than the bytes need while the load is under way.
-template <typename T, int V>
-struct alignas(V * sizeof(T)) Packet {
-  T x[V];
-};
-template <>
-struct Packet<float, 4> {
-  float4 x;
-};
-template <typename T>
-struct Packet<T, 2> {
-  unsigned x;
-};
-template <typename T>
-struct Packet<T, 4> {
-  uint2 x;
-};
-template <typename T>
-struct Packet<T, 8> {
-  uint4 x;
-};
-
-template <typename T, int V>
-DEVICE Packet<T, V> load(const T* p) {
+// V consecutive elements of read-only memory, aligned to V * sizeof(T) bytes: one load.
+template <typename T, int V, typename A>
+DEVICE void load(const T* p, A (&x)[V]) {
   if constexpr (V == 1) {
-    return {{__ldg(p)}};
+    x[0] = widen(__ldg(p));
+  } else if constexpr (sizeof(T) == 4) {
+    static_assert(V == 4, "16 bytes");
+    const float4 q = __ldg(reinterpret_cast<const float4*>(p));
+    x[0] = q.x, x[1] = q.y, x[2] = q.z, x[3] = q.w;
   } else {
-    return {__ldg(reinterpret_cast<const decltype(Packet<T, V>::x)*>(p))};
+    static_assert(sizeof(T) == 2 && (V == 2 || V == 4 || V == 8), "4, 8 or 16 bytes");
+    unsigned words[V / 2];
+    if constexpr (V == 8) {
+      const uint4 q = __ldg(reinterpret_cast<const uint4*>(p));
+      words[0] = q.x, words[1] = q.y, words[2] = q.z, words[3] = q.w;
+    } else if constexpr (V == 4) {
+      const uint2 q = __ldg(reinterpret_cast<const uint2*>(p));
+      words[0] = q.x, words[1] = q.y;
+    } else {
+      words[0] = __ldg(reinterpret_cast<const unsigned*>(p));
+    }
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      x[i] = from_bits(static_cast<unsigned short>(words[i / 2] >> (i % 2 * 16)), T());
+    }
   }
 }
 
-template <typename T>
-DEVICE void widen(const Packet<T, 1>& p, Accumulator<T> (&x)[1]) { x[0] = widen(p.x[0]); }
-DEVICE void widen(const Packet<float, 4>& p, float (&x)[4]) {
-  x[0] = p.x.x, x[1] = p.x.y, x[2] = p.x.z, x[3] = p.x.w;
-}
-template <typename T>
-DEVICE void widen_pair(unsigned bits, float* x) {
-  x[0] = widen_bits(static_cast<unsigned short>(bits), T());
-  x[1] = widen_bits(static_cast<unsigned short>(bits >> 16), T());
-}
-template <typename T>
-DEVICE void widen(const Packet<T, 2>& p, float (&x)[2]) { widen_pair<T>(p.x, x); }
-template <typename T>
-DEVICE void widen(const Packet<T, 4>& p, float (&x)[4]) {
-  widen_pair<T>(p.x.x, x);
-  widen_pair<T>(p.x.y, x + 2);
-}
-template <typename T>
-DEVICE void widen(const Packet<T, 8>& p, float (&x)[8]) {
-  widen_pair<T>(p.x.x, x);
-  widen_pair<T>(p.x.y, x + 2);
-  widen_pair<T>(p.x.z, x + 4);
-  widen_pair<T>(p.x.w, x + 6);
-}
-
-template <typename T, int V, typename A>
-DEVICE void load(const T* p, A (&x)[V]) {
-  widen(load<T, V>(p), x);
-}
-
-template <typename T>
-DEVICE unsigned narrow_pair(float x, float y) {
-  return narrow_bits(x, T()) | static_cast<unsigned>(narrow_bits(y, T())) << 16;
-}
-
+// The reverse, rounded to nearest.
 template <typename T, int V, typename A>
 DEVICE void store(T* p, const A (&x)[V]) {
   if constexpr (V == 1) {
     narrow(x[0], *p);
   } else if constexpr (sizeof(T) == 4) {
     *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]);
-  } else if constexpr (V == 2) {
-    *reinterpret_cast<unsigned*>(p) = narrow_pair<T>(x[0], x[1]);
-  } else if constexpr (V == 4) {
-    *reinterpret_cast<uint2*>(p) =
-        make_uint2(narrow_pair<T>(x[0], x[1]), narrow_pair<T>(x[2], x[3]));
   } else {
-    *reinterpret_cast<uint4*>(p) =
-        make_uint4(narrow_pair<T>(x[0], x[1]), narrow_pair<T>(x[2], x[3]),
-                   narrow_pair<T>(x[4], x[5]), narrow_pair<T>(x[6], x[7]));
+    unsigned words[V / 2];
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) {
+      words[i] = to_bits(x[2 * i], T()) | static_cast<unsigned>(to_bits(x[2 * i + 1], T())) << 16;
+    }
+    if constexpr (V == 8) {
+      *reinterpret_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
+    } else {
+      *reinterpret_cast<uint2*>(p) = make_uint2(words[0], words[1]);
+    }
   }
 }
 
@@ -215,7 +181,7 @@ DEVICE A group_sum_transposed(const A (&x)[4], int lane) {
   return sum;
 }
 
-// Of a pair of values: even lanes return the sum of a, odd lanes that of b.
+// Even lanes return the sum of a over the group, odd lanes that of b.
 template <int G, typename A>
 DEVICE A group_sum_pair(A a, A b, int lane) {
   const bool odd = lane & 1;

@@ -86,7 +86,8 @@ cudaError_t launch(void (*kernel)(Problem, int, Params...), const Problem& probl
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = threads / W::G * bytes_per_query;
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, problem, Tile::number(problem, threads / W::G), args...);
+  const int tiles = Tile::number(problem, threads / W::G);
+  return cudaLaunchKernelEx(&config, kernel, problem, tiles, args...);
 }
 
 // One thread per item.

@@ -11,7 +11,7 @@ namespace sparse_detr::cuda {
 namespace {
 
 template <typename W, typename Source>
-__global__ void __launch_bounds__(kThreads, kForwardBlocks * sizeof(float) / sizeof(typename W::A))
+__global__ void __launch_bounds__(kThreads, kForwardBlocks / W::kWords)
     forward_kernel(Problem problem, int tiles, Source source,
                    const typename W::T* __restrict__ value, typename W::T* __restrict__ output) {
   using T = typename W::T;

@@ -38,7 +38,7 @@ DEVICE A dot(const A (&x)[V], const A (&y)[V]) {
 }
 
 template <typename W, bool kShared>
-__global__ void __launch_bounds__(kThreads, (kShared ? 4 : 2) * sizeof(float) / sizeof(typename W::A))
+__global__ void __launch_bounds__(kThreads, (kShared ? 4 : 2) / W::kWords)
     key_aware_forward_kernel(Problem problem, int tiles, Given<typename W::A> source,
                              const typename W::T* __restrict__ query,
                              const typename W::T* __restrict__ key,
@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(kThreads, (kShared ? 4 : 2) * sizeof(float) / 
   const int count = problem.levels * problem.points;
   const A scale = 1 / sqrt(A(problem.channels));
 
-  const int64_t plane = (tile.image * problem.tokens * problem.heads + tile.head) * problem.channels;
+  const int64_t plane =
+      (tile.image * problem.tokens * problem.heads + tile.head) * problem.channels;
   const int64_t first_row = tile.image * problem.queries * problem.heads;
   source.select_image(problem, tile.image);
   const T* lane_key = opaque(key + plane + lane * W::V);
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, (kShared ? 4 : 2) * sizeof(float) / 
 // grad_output and p the sample's share: t and u times the corner weights go to the maps, u / q
 // times the key to the query, and <t, dv/dx> + <u, dk/dx> to the location.
 template <typename W, bool kShared, typename Map>
-__global__ void __launch_bounds__(kThreads, (kShared && W::V == 4 ? 3 : 2) * sizeof(float) / sizeof(typename W::A))
+__global__ void __launch_bounds__(kThreads, (kShared && W::V == 4 ? 3 : 2) / W::kWords)
     key_aware_backward_kernel(Problem problem, int tiles, Given<typename W::A> source,
                               const typename W::T* __restrict__ grad_output,
                               const typename W::T* __restrict__ output,
@@ -166,7 +167,8 @@ __global__ void __launch_bounds__(kThreads, (kShared && W::V == 4 ? 3 : 2) * siz
   const int count = problem.levels * problem.points;
   const A scale = 1 / sqrt(A(problem.channels));
 
-  const int64_t plane = (tile.image * problem.tokens * problem.heads + tile.head) * problem.channels;
+  const int64_t plane =
+      (tile.image * problem.tokens * problem.heads + tile.head) * problem.channels;
   const int64_t first_row = tile.image * problem.queries * problem.heads;
   source.select_image(problem, tile.image);
   if (grad_locations) grad_locations += 2 * tile.image * problem.samples();

@@ -54,7 +54,8 @@ struct Problem {
         levels(levels), points(points), tiles(0), tiled_from(-1),
         reciprocal(static_cast<unsigned>(((1 << 28) + points - 1) / points)) {
     for (int l = 0; l < levels; ++l) {
-      const int height = static_cast<int>(shapes[2 * l]), width = static_cast<int>(shapes[2 * l + 1]);
+      const int height = static_cast<int>(shapes[2 * l]);
+      const int width = static_cast<int>(shapes[2 * l + 1]);
       level[l] = {height, width, tokens, tiles};
       tokens += height * width;
       tiles += ((height + kTileSide - 1) / kTileSide) * tiles_across(l);

@@ -67,7 +67,7 @@ DEVICE Corners locate(A x, A y, const Level& level, int stride, A& dx, A& dy) {
     const bool west = column >= 0, east = column + 1 < level.width;
     const bool north = row >= 0, south = row + 1 < level.height;
     const int at = (level.start + row * level.width + column) * stride;
-    const int below = at + level.width * stride;
+    const int below = south ? at + level.width * stride : 0;
     if (north && west) corners.at[0] = at;
     if (north && east) corners.at[1] = at + stride;
     if (south && west) corners.at[2] = below;

@@ -22,7 +22,7 @@ GUARD = 256  # numbers; keeps 16-byte alignment for every dtype
 
 
 def build(folder: Path) -> tuple[ctypes.CDLL, ctypes.CDLL]:
-    """The kernels compiled for the CPU, as if for sm_90; and the same with backward.cu for sm_80."""
+    """The kernels compiled for the CPU as if for sm_90; and the same with backward.cu for sm_80."""
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         raise FileNotFoundError("no C++ compiler")
@@ -104,8 +104,9 @@ class CudaOnCpu:
         )
         return grad_value, grad_locations.get(), grad_weights.get()
 
-    def ms_deform_attn_fused_backward(self, grad_output, value, shapes, reference, offsets, logits,
-                                      tiled_from=-1, descending=False, deterministic=False):  # fmt: skip
+    def ms_deform_attn_fused_backward(self, grad_output, value, shapes, reference, offsets,
+                                      logits, tiled_from=-1, descending=False,
+                                      deterministic=False):  # fmt: skip
         call = _Call(self, value, shapes, offsets, tiled_from, descending)
         found = _SampleGradients()
         grad_offsets, found.offsets = call.output(offsets)
@@ -131,8 +132,9 @@ class CudaOnCpu:
         )  # fmt: skip
         return output.get(), lse.get()
 
-    def key_aware_deform_attn_backward(self, grad_output, output, lse, query, key, value, shapes,
-                                       locations, tiled_from=-1, descending=False, bound=None):  # fmt: skip
+    def key_aware_deform_attn_backward(self, grad_output, output, lse, query, key, value,
+                                       shapes, locations, tiled_from=-1, descending=False,
+                                       bound=None):  # fmt: skip
         call = _Call(self, value, shapes, locations, tiled_from, descending)
         grad_query, query_pointer = call.output(query.to(lse.dtype))
         grad_locations, locations_pointer = call.output(locations)

@@ -26,7 +26,8 @@ int level_of(int points, int sample) {
   return Problem(1, 1, 1, 1, points, 1, shape).level_of(sample);
 }
 
-int run_forward(const Sizes* s, int dtype, const void* value, const Samples* samples, void* output) {
+int run_forward(const Sizes* s, int dtype, const void* value, const Samples* samples,
+                void* output) {
   return forward(problem_of(*s), Dtype(dtype), value, *samples, output, nullptr);
 }
 
