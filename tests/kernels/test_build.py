@@ -126,6 +126,52 @@ def test_no_compiler_means_plain_pytorch_and_one_warning(call):
     assert "no C++ compiler (/nonexistent/c++ is not on the PATH)" in err
 
 
+def test_without_a_compiler_gradients_are_the_formulas(call):
+    """Also those of the first call, which has entered the operator when the build fails."""
+    code = """
+import torch
+from sparse_detr.kernels import build, ms_deform_attn_fused, key_aware_deform_attn
+shapes, inputs = [(3, 2)], [torch.randn(1, 6, 1, 2), torch.rand(1, 4, 1, 2),
+                            torch.randn(1, 4, 1, 1, 3, 2), torch.randn(1, 4, 1, 3)]
+found = []
+for attempt in range(2):
+    assert build.is_unavailable("cpu") == bool(attempt)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = ms_deform_attn_fused(leaves[0], shapes, *leaves[1:])
+    found.append(torch.autograd.grad(out.square().sum(), leaves))
+for first, second in zip(*found):
+    torch.testing.assert_close(first, second)
+flat, (value, query) = [3, 2], (inputs[0], torch.randn(1, 4, 1, 2))
+locations = torch.rand(1, 4, 1, 1, 3, 2)
+for key in (None, value):
+    out, lse = torch.ops.sparse_detr.key_aware_deform_attn(query, key, value, flat, locations)
+    found = torch.ops.sparse_detr.key_aware_deform_attn_backward(
+        torch.ones_like(out), out, lse, query, key, value, flat, locations, [True] * 4)
+    leaves = [x.clone().requires_grad_() for x in (query, value, locations)]
+    out = key_aware_deform_attn(leaves[0], None, leaves[1], shapes, leaves[2])
+    expected = torch.autograd.grad(out.sum(), leaves)
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[2] + (0 if key is None else found[1]), expected[1])
+    torch.testing.assert_close(found[3], expected[2])
+print("fine")
+"""
+    line, err = finish(call(code=code, CXX="/nonexistent/c++"))
+    assert line == "fine" and err.count("runs in plain PyTorch") == 1
+
+
+def test_tracing_needs_no_build(call, tmp_path):
+    code = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from sparse_detr.kernels import build, ms_deform_attn
+with FakeTensorMode():
+    value, locations, weights = torch.ones(1, 4, 2, 3), torch.ones(1, 5, 2, 1, 1, 2), torch.ones(1, 5, 2, 1, 1)
+    print(tuple(ms_deform_attn(value, [(2, 2)], locations, weights).shape), build.status("cpu").backend)
+"""
+    line, _ = finish(call(code=code))
+    assert line == "(1, 5, 6) not built" and not list((tmp_path / "cache").rglob("*.so"))
+
+
 def test_a_compiler_that_fails_means_plain_pytorch_and_its_message(call, sources, tmp_path):
     (tmp_path / "csrc" / "cpu").mkdir(parents=True)
     (tmp_path / "csrc" / "cpu" / "kernel.cpp").write_text("int x = undeclared_name;\n")

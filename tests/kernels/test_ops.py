@@ -1,6 +1,10 @@
 """The operators against the plain PyTorch formula: values, gradients, registration, determinism."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparse_detr.kernels import (
     attention_map_splat,
     build,
+    flops,
     key_aware_deform_attn,
     ms_deform_attn,
     ms_deform_attn_fused,
@@ -154,6 +159,22 @@ def test_operators_are_registered_as_pytorch_wants_them(operator):
     torch.library.opcheck(op.default, (*before, flat, *after))
 
 
+def test_backward_operators_are_registered_as_pytorch_wants_them():
+    inputs = problem(B=1, Q=3, M=2, D=4, dtype=torch.float32)
+    flat = [x for pair in inputs["shapes"] for x in pair]
+    value, key, query, locations = (inputs[n] for n in ("value", "key", "query", "locations"))
+    ops, grad = torch.ops.sparse_detr, torch.randn(1, 3, 8)
+    rest = value, flat, locations, inputs["weights"]
+    torch.library.opcheck(ops.ms_deform_attn_backward.default, (grad, *rest, [True, False, True]))
+    rest = value, flat, inputs["box"], inputs["offsets"], inputs["logits"]
+    torch.library.opcheck(ops.ms_deform_attn_fused_backward.default,
+                          (grad, *rest, [True, True, False, True]))
+    for k in (key, None):
+        output, lse = ops.key_aware_deform_attn(query, k, value, flat, locations)
+        torch.library.opcheck(ops.key_aware_deform_attn_backward.default,
+                              (grad, output, lse, query, k, value, flat, locations, [True] * 4))
+
+
 def test_splat_is_registered_as_pytorch_wants_it():
     inputs = problem(B=1, Q=3, M=2, dtype=torch.float32)
     flat = [x for pair in inputs["shapes"] for x in pair]
@@ -193,11 +214,40 @@ def test_inputs_need_not_be_contiguous(operator):
 
 
 @pytest.mark.parametrize("operator", ["attention", "key-aware"])
+def test_points_on_borders_and_pixel_centres(operator):
+    """At whole pixel coordinates the slope jumps: the one to the right counts, as in grid_sample."""
+    inputs = problem(B=1, Q=121, M=1, D=4, L=2, P=1)
+    inputs["shapes"] = ((8, 4), (2, 16))  # powers of two: no coordinate is rounded
+    g = torch.Generator().manual_seed(2)
+    for name in ("value", "key"):
+        inputs[name] = torch.rand(1, 64, 1, 4, generator=g, dtype=torch.float64)
+    # Pixel centres, borders, the middle between pixels, and partly outside.
+    steps = torch.tensor([-3, 0, 1, 2, 3, 5, 8, 12, 15, 16, 19], dtype=torch.float64) / 16
+    inputs["locations"] = torch.cartesian_prod(steps, steps).view(1, 121, 1, 1, 1, 2).repeat(
+        1, 1, 1, 2, 1, 1)
+    exact, found = run(operator, inputs, 1), run(operator, inputs, 0)
+    torch.testing.assert_close(found[0], exact[0], rtol=1e-12, atol=1e-12)
+    for name in found[1]:
+        torch.testing.assert_close(found[1][name], exact[1][name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_queries_may_come_in_any_order(operator):
+    inputs = problem(B=2, Q=50, dtype=torch.float32)
+    order = torch.randperm(50)
+    mixed = {n: x[:, order] if isinstance(x, torch.Tensor) and x.shape[1] == 50 else x
+             for n, x in inputs.items()}
+    expected, found = run(operator, inputs, 0)[0], run(operator, mixed, 0)[0]
+    assert torch.equal(found, expected[:, order])
+
+
+@pytest.mark.parametrize("operator", ["attention", "key-aware"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
 def test_a_bad_coordinate_is_outside_and_stays_alone(operator, bad):
     inputs = problem(B=1, Q=4, M=1, D=8, dtype=torch.float32)
     wrong = dict(inputs, locations=inputs["locations"].clone())
     wrong["locations"][0, 2, 0, 1, 3, 0] = bad
+    wrong["locations"][0, 2, 0, 0, 0, 1] = bad
     out, gradients = run(operator, wrong, 0)
     expected = run(operator, inputs, 0)[0]
     assert out.isfinite().all() and all(g.isfinite().all() for g in gradients.values())
@@ -205,6 +255,7 @@ def test_a_bad_coordinate_is_outside_and_stays_alone(operator, bad):
     assert torch.equal(out[0, others], expected[0, others])
     outside = dict(inputs, locations=inputs["locations"].clone())
     outside["locations"][0, 2, 0, 1, 3] = 5.0
+    outside["locations"][0, 2, 0, 0, 0] = 5.0
     torch.testing.assert_close(out, run(operator, outside, 0)[0])
 
 
@@ -279,6 +330,33 @@ def test_flops_are_the_published_count():
         ms_deform_attn_fused(inputs["value"], inputs["shapes"], inputs["point"], inputs["offsets"],
                              inputs["logits"])
     assert counter.get_total_flops() == 2 * 10 * 16384
+
+
+@pytest.mark.parametrize("operator, macs", [
+    ("attention", 4), ("fused, boxes", 4), ("key-aware", 10), ("key-aware, keys are values", 10)])
+def test_fvcore_counts_the_operators_with_our_handles(operator, macs):
+    """Key-aware attention counts as published: 4 for keys, 4 for values, 1 per score, 1 per sum."""
+    nn = pytest.importorskip("fvcore.nn")
+    function, _, before, after = OPERATORS[operator]
+    inputs = problem(B=1, Q=10, M=8, D=32, L=4, P=4, dtype=torch.float32)
+    model = torch.nn.Module.__new__(_Module).of(
+        lambda *x: function(*x[: len(before)], inputs["shapes"], *x[len(before):]))
+    counts = nn.FlopCountAnalysis(model, tuple(inputs[n] for n in (*before, *after)))
+    counts.unsupported_ops_warnings(False).set_op_handle(**flops.fvcore_handles())
+    assert counts.total() == 10 * macs * 4096
+
+
+def test_the_folder_can_be_imported_under_two_names():
+    code = (
+        "import sys, importlib.util as u, sparse_detr.kernels as k; "
+        "spec = u.spec_from_file_location('other', k.__file__); "
+        "sys.modules['other'] = u.module_from_spec(spec); "
+        "spec.loader.exec_module(sys.modules['other']); print(sys.modules['other'].status)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    env = {**os.environ, "PYTHONPATH": str(root / "projects")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_compiled_graphs_hold_the_operator():

@@ -241,7 +241,7 @@ Gradients backward(const Inputs& in, const Tensor& grad_output, const Tensor& co
   };
   Tensor grad_coordinates = like(in.coordinates, need_coordinates);
   Tensor grad_shares = like(in.shares, need_shares);
-  Tensor grad_reference = need_reference ? like(in.reference, true) : unwanted(in.value);
+  Tensor grad_reference = fused ? like(in.reference, need_reference) : Tensor();
   Tensor pixels;
   if (need_reference) pixels = empty(in.coordinates.sizes(), in.value, type);
 

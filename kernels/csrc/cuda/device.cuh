@@ -217,7 +217,7 @@ struct FixedPoint {
 // Adds V channels. One vector reduction (REDG.F32x4) per four floats where the hardware has it.
 template <typename A, int V>
 DEVICE void add_to(A* p, const A (&x)[V]) {
-#if __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ >= 900 && CUDART_VERSION >= 12010
   constexpr bool kVector = sizeof(A) == 4 && V % 4 == 0;
 #else
   constexpr bool kVector = false;

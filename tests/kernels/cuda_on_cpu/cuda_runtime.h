@@ -24,6 +24,7 @@
 #include <utility>
 
 #define __CUDA_ARCH__ EMULATED_ARCH
+#define CUDART_VERSION 13000
 #define __global__
 #define __device__
 #define __forceinline__ inline
