@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -34,9 +34,12 @@ class Contender:
 
 
 def ours(text: str, device: str) -> Contender:
-    """``CONFIG [key=value ...]``, or ``NAME=CONFIG [key=value ...]``."""
-    head, *overrides = shlex.split(text)
-    name, _, path = head.rpartition("=")
+    """``CONFIG [key=value ...]``, or ``NAME=CONFIG [key=value ...]``; the name may have spaces."""
+    match = re.fullmatch(r"(?:(?P<name>[^=]*)=)?(?P<path>[^\s=]+)(?P<overrides>(?:\s+\S+=\S+)*)",
+                         text.strip())
+    if match is None:
+        raise SystemExit(f"{text!r}: expected [NAME=]CONFIG [key=value ...]")
+    name, path, overrides = match["name"], match["path"], match["overrides"].split()
     torch.manual_seed(0)
     model = instantiate(config.load_config(path, overrides).model).to(device).eval()
     return Contender(name or " ".join([path.rsplit("/", 1)[-1], *overrides]), model,
