@@ -37,12 +37,13 @@ def sampling_locations(reference: Tensor, offsets: Tensor, shapes: LevelShapes) 
     Returns:
         (B, Q, M, L, P, 2).
     """
+    reference = reference[:, :, None, :, None]  # (B, Q, 1, L, 1, 2 or 4)
     if reference.shape[-1] == 2:
         size = reference.new_tensor([(w, h) for h, w in shapes])  # (L, 2)
-        return reference[:, :, None, :, None] + offsets / size[:, None]
+        return torch.addcdiv(reference, offsets, size[:, None])
     num_points = offsets.shape[-2]
-    centre, size = reference[:, :, None, :, None].split(2, dim=-1)  # (B, Q, 1, L, 1, 2)
-    return centre + offsets / num_points * size * 0.5
+    centre, size = reference.split(2, dim=-1)
+    return torch.addcmul(centre, offsets, size * (0.5 / num_points))
 
 
 def initial_offsets(num_heads: int, num_levels: int, num_points: int) -> Tensor:
