@@ -13,7 +13,7 @@ from torch import nn, tensor
 from sparse_detr.data import (
     DetrDatasetMapper,
     check_datasets,
-    check_num_classes,
+    check_classes,
     coco_dataset,
     register_coco,
 )
@@ -91,9 +91,9 @@ def test_images_without_objects_stay(name, files):
 
 def test_the_class_count_must_fit(name, files):
     coco_dataset(names=name, **files)
-    check_num_classes(3, name)
+    check_classes(3, name)
     with pytest.raises(ValueError, match=r"3 classes \(cat, dog, cup\).*pass model.num_classes=3"):
-        check_num_classes(80, name)
+        check_classes(80, name)
 
 
 def test_gaps_in_category_ids_are_closed_and_restored(name, files):
