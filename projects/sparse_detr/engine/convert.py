@@ -171,6 +171,18 @@ def convert_state_dict(
     return renamed, report
 
 
+def rename_torchvision(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A ResNet of torchvision (or timm) under the names of this project's ``backbone``."""
+    out = {}
+    for key, value in state_dict.items():
+        if re.match(r"(conv1|bn1|layer\d)\.", key) and not key.endswith("num_batches_tracked"):
+            key = f"backbone.0.body.{key}"
+            for pattern, replacement in _RESNET:
+                key = re.sub(pattern, replacement, key)
+            out[key] = value
+    return out
+
+
 @dataclass
 class _Family:
     """marker: a key only this family has. optional: new names a model may lack."""

@@ -114,7 +114,7 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, float
         max_grad_norm=cfg.train.clip_grad.max_norm if cfg.train.clip_grad.enabled else None,
         seed=cfg.train.seed if cfg.train.seed >= 0 else None,
     )
-    checkpointer = Checkpointer(model, cfg.train.output_dir, trainer=trainer)
+    checkpointer = Checkpointer(model, cfg.train.output_dir, fine_tune=True, trainer=trainer)
     results: dict[str, dict[str, float]] = {}
 
     def evaluate_now() -> dict[str, dict[str, float]]:
