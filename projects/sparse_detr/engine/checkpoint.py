@@ -136,8 +136,11 @@ class Checkpointer(DetectionCheckpointer):
         if problem := resnet_mismatch(self.model, checkpoint.get("__author__")):
             self.logger.warning(problem)
         loaded = super()._load_model(checkpoint)
-        missing = [*loaded.missing_keys, *(name for name, *_ in loaded.incorrect_shapes)]
-        self._check_missing(missing, len(self.model.state_dict()))
+        missing = {*loaded.missing_keys, *(name for name, *_ in loaded.incorrect_shapes)}
+        self._check_missing(missing)
+        if missing == {n for n in self.model.state_dict() if not n.startswith("backbone.")}:
+            self.logger.info("the weights are a backbone's: the rest of the model starts anew")
+            loaded.missing_keys.clear()  # said in one line
         return loaded
 
     def _renamed(self, weights: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
@@ -173,13 +176,14 @@ class Checkpointer(DetectionCheckpointer):
                 f"({', '.join(sorted(wrong)[:3])}): use the config that they were trained with"
             )
 
-    def _check_missing(self, missing: list[str], total: int) -> None:
+    def _check_missing(self, missing: set[str]) -> None:
+        total = len(self.model.state_dict())
         if not self.fine_tune:
-            missing = [name for name in missing if not _TRAINING_ONLY.match(name)]
-            if missing:
+            needed = sorted(name for name in missing if not _TRAINING_ONLY.match(name))
+            if needed:
                 raise ValueError(
-                    f"the weights are not the model's: {len(missing)} of its {total} tensors are "
-                    f"missing ({', '.join(missing[:3])}, ...): use the config that they were "
+                    f"the weights are not the model's: {len(needed)} of its {total} tensors are "
+                    f"missing ({', '.join(needed[:3])}, ...): use the config that they were "
                     "trained with. A backbone alone can only start a training"
                 )
         elif len(missing) == total:
