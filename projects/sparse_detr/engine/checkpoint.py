@@ -177,16 +177,15 @@ class Checkpointer(DetectionCheckpointer):
             )
 
     def _check_missing(self, missing: set[str]) -> None:
-        total = len(self.model.state_dict())
         if not self.fine_tune:
             needed = sorted(name for name in missing if not _TRAINING_ONLY.match(name))
             if needed:
                 raise ValueError(
-                    f"the weights are not the model's: {len(needed)} of its {total} tensors are "
+                    f"the weights are not the model's: {len(needed)} of its tensors are "
                     f"missing ({', '.join(needed[:3])}, ...): use the config that they were "
                     "trained with. A backbone alone can only start a training"
                 )
-        elif len(missing) == total:
+        elif missing >= {name for name, _ in self.model.named_parameters()}:
             raise ValueError(
                 "train.init_checkpoint: not one of its tensors fits the model, so training would "
                 "start from nothing; leave it empty if that is what you want"
