@@ -21,7 +21,6 @@ from PIL import Image
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = 3  # records that a finding names
 _PROGRESS_SECONDS = 10.0
 _EXIF_ORIENTATION, _EXIF_TRANSPOSED = 0x0112, (5, 6, 7, 8)
 
@@ -41,7 +40,7 @@ class Finding:
     def __str__(self) -> str:
         if not self.records:
             return f"{self.what}; {self.then}"
-        shown = ", ".join(self.records[:_SHOWN]) + (", ..." if len(self.records) > _SHOWN else "")
+        shown = _listed(self.records, limit=3)
         return f"{self.what}: {len(self.records)} ({shown}); {self.then}"
 
 
@@ -79,10 +78,9 @@ class Report:
         filled = {str(a.get("image_id")) for a in annotations if not a.get("iscrowd")}
         empty = sum(str(image.get("id")) not in filled for image in self.content["images"])
         classes = [f"{c.get('name')} {boxes[str(c.get('id'))]}" for c in self.content["categories"]]
-        shown = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
         return (
             f"{self.json_file}: {len(self.content['images'])} images, {boxes.total()} boxes "
-            f"({shown}), {len(annotations) - boxes.total()} crowd regions, "
+            f"({_listed(classes, limit=20)}), {len(annotations) - boxes.total()} crowd regions, "
             f"{empty} images without a box"
         )
 
@@ -206,7 +204,9 @@ def _check_images(report: Report) -> None:
         ("width", _is_size),
         ("height", _is_size),
     ):
-        lacking = [_image(i) for i in images if not sound(i.get(key))]
+        lacking = [
+            i.get("file_name") or f"image {i.get('id')}" for i in images if not sound(i.get(key))
+        ]
         report.add(f"images without a proper {key}", lacking, f"add the {key}", fatal=True)
     report.add(
         "image ids twice",
@@ -249,9 +249,7 @@ def _check_annotations(report: Report) -> None:
         "annotations with the key ignore", ignored, "not supported: use iscrowd", fatal=True
     )
     crowd = [_annotation(a) for a in annotations if a.get("iscrowd")]
-    report.add(
-        "crowd regions", crowd, "not trained on; detections inside them are neither right nor wrong"
-    )
+    report.add("crowd regions", crowd, "not trained on; detections inside are not judged")
     cut = [_annotation(a) for a in annotations if _is_broken_polygon(a.get("segmentation"))]
     report.add("annotations whose polygon has less than three points", cut, "left out")
 
@@ -367,12 +365,12 @@ def _names(content: dict) -> list[str]:
     return [str(c.get("name")) for c in ordered]
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+def _listed(names: Sequence[str], limit: int = 10) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 def _paths(report: Report) -> list[str]:
-    names = [i.get("file_name") for i in report.content["images"]]
+    names = (i.get("file_name") for i in report.content["images"])
     return [os.path.join(report.image_root, name) for name in names if isinstance(name, str)]
 
 
@@ -406,15 +404,8 @@ def _is_box(value: object) -> bool:
 
 def _is_broken_polygon(value: object) -> bool:
     """detectron2 leaves such annotations out, although their boxes may be sound."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and not any(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in value)
-    )
-
-
-def _image(image: dict) -> str:
-    return str(image.get("file_name") or f"image {image.get('id')}")
+    sound = [isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in value or ()]
+    return isinstance(value, list) and bool(value) and not any(sound)
 
 
 def _annotation(annotation: dict) -> str:
