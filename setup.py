@@ -52,6 +52,7 @@ setup(
         "dev": requirements("dev"),
         "export": ["onnx", "onnxscript", "onnxruntime"],
         "fast-eval": ["faster-coco-eval"],
+        "safetensors": ["safetensors"],
         "vis": ["opencv-python-headless", "matplotlib"],
         "wandb": ["wandb"],
     },

@@ -23,7 +23,6 @@ if importlib.util.find_spec("sparse_detr") is None:  # run from a checkout that 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "projects"))
 
 import numpy as np  # noqa: E402
-from detectron2.data import MetadataCatalog  # noqa: E402
 from detectron2.data.detection_utils import read_image  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -50,7 +49,6 @@ def main() -> None:
               file=sys.stderr)
     predict = Predictor(args.config_file, args.weights, overrides=args.opts,
                         threshold=args.threshold)
-    metadata = MetadataCatalog.get(predict.cfg.dataloader.test.dataset.names)
     os.makedirs(args.output, exist_ok=True)
     for path in args.input:
         image = Image.fromarray(read_image(path, "RGB"))
@@ -58,7 +56,7 @@ def main() -> None:
             instances = predict(np.asarray(image)[..., ::-1])["instances"]
         scale = args.width / image.width
         size = (args.width, round(image.height * scale))
-        detected = draw_detections(np.asarray(image), instances, metadata,
+        detected = draw_detections(np.asarray(image), instances, predict.metadata,
                                    threshold=args.threshold, scale=scale)
         image, detected = (np.asarray(x.resize(size)) for x in (image, Image.fromarray(detected)))
         target = os.path.join(args.output, f"{Path(path).stem}_tokens.png")

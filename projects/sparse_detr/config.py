@@ -50,6 +50,41 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
     return cfg
 
 
+def resolve_classes(cfg: DictConfig) -> None:
+    """Fills ``model.num_classes`` and ``data.classes`` where a config leaves them to the data.
+
+    Configs for data of one's own (``common/data/custom.py``) set both to None; the answer is in the
+    training set's JSON, or in the validation set's where no other is given. Does nothing to other
+    configs, and once the classes are known, as in a run's ``config.yaml``, reads no file.
+
+    Raises:
+        ValueError: there is no file to read them from, or ``model.num_classes`` was given and is
+            another number.
+    """
+    data = cfg.get("data") or {}
+    if "classes" not in data:
+        return
+    source = data.train_json or data.val_json
+    given = cfg.model.num_classes
+    if data.classes is None and (source if given is None else os.path.isfile(source or "")):
+        from .data import category_names
+
+        data.classes = category_names(source)
+    if data.classes is None and given is None:
+        raise ValueError(
+            "model.num_classes is not known: pass data.train_json=..., from which it is read "
+            "(or the number itself: model.num_classes=...)"
+        )
+    if given is None:
+        cfg.model.num_classes = len(data.classes)
+    elif data.classes is not None and len(data.classes) != given:
+        raise ValueError(
+            f"model.num_classes={given}, but {source or 'data.classes'} has {len(data.classes)} "
+            f"classes ({', '.join(data.classes[:5])}{', ...' * (len(data.classes) > 5)}): leave "
+            "model.num_classes out, it is read from the file"
+        )
+
+
 def config_path(name: str) -> str:
     """The file behind a path or a shipped config's name."""
     if os.path.isfile(name):

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 from detectron2.config import instantiate
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.data import transforms as T
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from .config import load_config
+from .config import load_config, resolve_classes
 from .engine.checkpoint import Checkpointer
 
 
@@ -29,6 +30,7 @@ def build_model(config: str | DictConfig, weights: str = "", overrides: Iterable
     cfg = load_config(config, overrides) if isinstance(config, str) else config
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    resolve_classes(cfg)
     model = instantiate(cfg.model).to(device).eval()
     if weights:
         Checkpointer(model).load(weights, checkpointables=[])
@@ -43,6 +45,8 @@ class Predictor:
             ``build_model`` takes.
         weights, overrides, device: see ``build_model``.
         threshold: drop detections whose score is lower.
+
+    ``metadata`` has the names of the classes, ``thing_classes``, where config or data tell them.
 
     Example::
 
@@ -60,6 +64,7 @@ class Predictor:
         self.augmentations = T.AugmentationList(
             instantiate(self.cfg.dataloader.test.mapper.augmentations)
         )
+        self.metadata = _metadata(self.cfg)
         self.threshold = threshold
 
     @torch.no_grad()
@@ -86,6 +91,14 @@ class Predictor:
         self.augmentations(augmented)
         tensor = torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
         return {"image": tensor, "height": height, "width": width}
+
+
+def _metadata(cfg: DictConfig) -> Metadata:
+    """Of the classes a run learned (its config.yaml has their names), else of the test set."""
+    if classes := OmegaConf.select(cfg, "data.classes"):
+        return Metadata(thing_classes=list(classes))
+    names = OmegaConf.select(cfg, "dataloader.test.dataset.names")
+    return MetadataCatalog.get(names) if isinstance(names, str) else Metadata()
 
 
 def _last_checkpoint(folder: str) -> str:

@@ -44,6 +44,27 @@ def draw_ground_truth(
     return Visualizer(image, metadata, scale).draw_dataset_dict(record).get_image()
 
 
+def draw_input(
+    entry: dict, metadata: Metadata, image_format: str = "RGB", *, scale: float = 1.0
+) -> np.ndarray:
+    """An image as the training loader delivers it, with its boxes; see ``draw_detections``.
+
+    Args:
+        entry: the mapper's result: ``image`` (3, H, W) and ``instances`` with ``gt_boxes`` (xyxy
+            pixels) and ``gt_classes``.
+        image_format: channel order of ``image``, "RGB" or "BGR".
+    """
+    image = entry["image"].permute(1, 2, 0).numpy()  # (H, W, 3)
+    if image_format == "BGR":
+        image = image[:, :, ::-1]
+    instances = entry["instances"]
+    names = metadata.get("thing_classes")
+    classes = instances.gt_classes.tolist()
+    labels = [names[k] if names else str(k) for k in classes]
+    drawing = Visualizer(np.ascontiguousarray(image), metadata, scale)
+    return drawing.overlay_instances(boxes=instances.gt_boxes, labels=labels).get_image()
+
+
 def draw_kept_tokens(
     image: np.ndarray,
     selected: torch.Tensor,

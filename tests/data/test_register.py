@@ -12,8 +12,8 @@ from torch import nn, tensor
 
 from sparse_detr.data import (
     DetrDatasetMapper,
+    check_classes,
     check_datasets,
-    check_num_classes,
     coco_dataset,
     register_coco,
 )
@@ -91,9 +91,16 @@ def test_images_without_objects_stay(name, files):
 
 def test_the_class_count_must_fit(name, files):
     coco_dataset(names=name, **files)
-    check_num_classes(3, name)
+    check_classes(3, name)
     with pytest.raises(ValueError, match=r"3 classes \(cat, dog, cup\).*pass model.num_classes=3"):
-        check_num_classes(80, name)
+        check_classes(80, name)
+
+
+def test_the_classes_must_be_those_of_the_model_in_its_order(name, files):
+    coco_dataset(names=name, **files)
+    check_classes(3, name, expected=["cat", "dog", "cup"])
+    with pytest.raises(ValueError, match="class 1 is 'dog' instead of 'cup'"):
+        check_classes(3, name, expected=["cat", "cup", "dog"])
 
 
 def test_gaps_in_category_ids_are_closed_and_restored(name, files):

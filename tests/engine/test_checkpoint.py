@@ -31,9 +31,9 @@ class Counter:
         self.value = state["value"]
 
 
-def checkpointer(path, value=0):
+def checkpointer(path, value=0, **options):
     counter = Counter(value)
-    return Checkpointer(Model(), str(path), trainer=counter), counter
+    return Checkpointer(Model(), str(path), trainer=counter, **options), counter
 
 
 def save(path, name, value):
@@ -118,7 +118,7 @@ def test_npz_backbones_find_their_place(tmp_path):
     """Names relative to the backbone, convolutions in float16."""
     weight = np.arange(12).reshape(4, 3, 1, 1).astype(np.float16) / 7
     np.savez(tmp_path / "r.npz", **{"stem.weight": weight, "stem.bias": np.ones(4, np.float32)})
-    loader, _ = checkpointer(tmp_path)
+    loader, _ = checkpointer(tmp_path, fine_tune=True)
     loader.load(str(tmp_path / "r.npz"), checkpointables=[])
     stem = loader.model.backbone["stem"]
     assert stem.weight.dtype == torch.float32
@@ -133,7 +133,7 @@ def test_detectron2_pickles_load(tmp_path):
         "matching_heuristics": True,
     }
     (tmp_path / "r.pkl").write_bytes(pickle.dumps(content))
-    loader, _ = checkpointer(tmp_path)
+    loader, _ = checkpointer(tmp_path, fine_tune=True)
     loader.load(str(tmp_path / "r.pkl"), checkpointables=[])
     assert loader.model.backbone["stem"].bias.tolist() == [2] * 4
 

@@ -1,11 +1,13 @@
 """Data sets, augmentation and loading."""
 
+from .check import category_names, check_coco, check_data
 from .loader import build_train_loader
 from .mapper import DetrDatasetMapper, test_augmentations, train_augmentations
 from .register import (
+    check_classes,
     check_datasets,
-    check_num_classes,
     coco_dataset,
+    coco_evaluator,
     register_coco,
     registered_dataset,
 )
@@ -14,9 +16,13 @@ from .synthetic import generate_shapes, shapes_dataset
 __all__ = [
     "DetrDatasetMapper",
     "build_train_loader",
+    "category_names",
+    "check_classes",
+    "check_coco",
+    "check_data",
     "check_datasets",
-    "check_num_classes",
     "coco_dataset",
+    "coco_evaluator",
     "generate_shapes",
     "register_coco",
     "registered_dataset",

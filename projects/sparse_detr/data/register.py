@@ -4,12 +4,16 @@ Registration is idempotent and happens when a config is instantiated, never when
 config may be loaded any number of times, also in worker processes.
 """
 
+import contextlib
 import difflib
+import io
 import logging
 import os
+from collections.abc import Sequence
 
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import COCOEvaluator
 
 logger = logging.getLogger(__name__)
 
@@ -50,17 +54,40 @@ def coco_dataset(
         names: the name to register it under; detectron2's spelling, so that
             ``evaluator.dataset_name`` can refer to it.
         json_file: annotations in COCO format. Category ids may be any integers.
-        image_root: folder that the JSON's file names are relative to.
+        image_root: folder that the JSON's file names are relative to. Boxes without an area are
+            dropped.
         filter_empty: leave out images without objects. They teach a detector what is background:
             keep them.
     """
     if not json_file or not image_root:
         raise ValueError(
             f"data set {names!r} has no files yet: pass data.train_json=..., "
-            "data.train_images=..., data.val_json=... and data.val_images=..."
+            "data.train_images=... and, to evaluate, data.val_json=... and data.val_images=..."
         )
     register_coco(names, json_file, image_root)
-    return get_detection_dataset_dicts(names, filter_empty=filter_empty)
+    records = get_detection_dataset_dicts(names, filter_empty=filter_empty)
+    for record in records:  # a flip would turn a negative size into a box of another place
+        record["annotations"] = [a for a in record["annotations"] if min(a["bbox"][2:]) > 0]
+    return records
+
+
+def coco_evaluator(*, dataset_name: str, **options: object) -> COCOEvaluator:
+    """detectron2's ``COCOEvaluator``, also for a JSON that lacks what only masks or COCO have.
+
+    Absent ``area`` and ``iscrowd`` are filled in: the box's area, and none. An annotation with the
+    id 0, which pycocotools takes for "no match", gets another one.
+    """
+    evaluator = COCOEvaluator(dataset_name, **options)
+    coco = evaluator._coco_api
+    annotations = coco.dataset["annotations"]
+    for annotation in annotations:
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+    if 0 in coco.anns:
+        coco.anns[0]["id"] = max(coco.anns) + 1
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco.createIndex()
+    return evaluator
 
 
 def registered_dataset(*, names: str | list[str], filter_empty: bool = False) -> list[dict]:
@@ -109,13 +136,29 @@ def _check_files(name: str, json_file: str | None, image_root: str | None, hint:
         )
 
 
-def check_num_classes(num_classes: int, *names: str) -> None:
-    """Raises a ValueError unless each data set, loaded before, has ``num_classes`` classes."""
+def check_classes(num_classes: int, *names: str, expected: Sequence[str] | None = None) -> None:
+    """Raises a ValueError unless the data sets, loaded before, fit the model and each other.
+
+    Args:
+        num_classes: the model's.
+        names: data sets in detectron2's catalog.
+        expected: names of the classes in their order; None: those of the first data set.
+    """
     for name in names:
         classes = MetadataCatalog.get(name).get("thing_classes")
-        if classes is not None and len(classes) != num_classes:
-            shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+        if classes is None:
+            continue
+        shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+        if len(classes) != num_classes:
             raise ValueError(
                 f"data set {name!r} has {len(classes)} classes ({shown}) "
                 f"but model.num_classes={num_classes}: pass model.num_classes={len(classes)}"
+            )
+        expected = list(classes) if expected is None else list(expected)
+        if classes != expected:
+            wrong = next(k for k, pair in enumerate(zip(classes, expected)) if len(set(pair)) > 1)
+            raise ValueError(
+                f"data set {name!r} has other classes than the model: class {wrong} is "
+                f"{classes[wrong]!r} instead of {expected[wrong]!r}. Give its categories the ids "
+                "that put them in the order of the training set's"
             )

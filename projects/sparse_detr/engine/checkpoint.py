@@ -1,12 +1,11 @@
 """Checkpoints: written atomically, found again after a crash, and loaded from several sources.
 
-``train.init_checkpoint`` may be one of our own files, a detectron2 ``.pkl``, a published ``.pth``
-of the methods that this package implements (converted by ``engine.convert``), or a ``.npz`` of
-numpy arrays under detectron2's backbone names. Files are read with ``weights_only``: an untrusted
-checkpoint cannot run code. (``.pkl`` is a pickle by nature: load only those you trust.)
+``train.init_checkpoint`` may be one of our own files, a published ``.pth`` of the methods that this
+package implements (converted by ``engine.convert``), or a backbone: detectron2's ``.pkl``,
+torchvision's or timm's ResNet, Swin; also as ``.safetensors`` or ``.npz``. No file can run code
+(``engine.weights``).
 """
 
-import argparse
 import contextlib
 import glob
 import os
@@ -15,18 +14,43 @@ import re
 import zipfile
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
 
 from .convert import convert_state_dict, detect_family
+from .fine_tune import (
+    adapt_classes,
+    backbone_names,
+    class_counts,
+    other_class_counts,
+    resnet_mismatch,
+)
+from .weights import read_npz, read_pickle, read_safetensors, read_torch
 
 # what torch raises for a file that ends early or is garbage
 _UNREADABLE = (EOFError, OSError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile)
 
+_READERS = {".npz": read_npz, ".pkl": read_pickle, ".safetensors": read_safetensors}
+# Inference runs without: denoising, and Sparse DETR's heads behind the encoder's layers.
+_TRAINING_ONLY = re.compile(r"transformer\.(denoising|encoder\.heads)\.")
+
 
 class Checkpointer(DetectionCheckpointer):
-    """detectron2's checkpointer with atomic writes, fall-back on resume, and more file types."""
+    """detectron2's checkpointer with atomic writes, fall-back on resume, and more file types.
+
+    Args:
+        fine_tune: ``load`` is the start of a training: a backbone alone will do, and tensors with a
+            row per class are initialised anew where their number differs. Otherwise, and when a run
+            is resumed, the weights must be the model's own: all of them, in its shapes.
+        others: see detectron2's ``DetectionCheckpointer``.
+    """
+
+    def __init__(
+        self, model: nn.Module, save_dir: str = "", *, fine_tune: bool = False, **others: Any
+    ) -> None:
+        super().__init__(model, save_dir, **others)
+        self.fine_tune = fine_tune
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Writes ``<save_dir>/<name>.pth``, then names it in ``last_checkpoint``."""
@@ -61,12 +85,13 @@ class Checkpointer(DetectionCheckpointer):
             return self.load(path, checkpointables=[])
         for candidate in candidates:
             try:
-                _read(candidate)
+                read_torch(candidate)
             except _UNREADABLE as error:
                 self.logger.error(
                     "cannot read %s (%s): trying the checkpoint before it", candidate, error
                 )
                 continue
+            self.fine_tune = False
             return self.load(candidate)
         raise ValueError(
             f"none of the checkpoints in {self.save_dir} can be read "
@@ -90,45 +115,81 @@ class Checkpointer(DetectionCheckpointer):
         return files
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        if filename.endswith(".npz"):
-            with np.load(filename, allow_pickle=False) as arrays:
-                weights = {
-                    k: v.astype(np.float32) if v.dtype == np.float16 else v
-                    for k, v in arrays.items()
-                }
-            # names are relative to the backbone: detectron2 finds where they belong by their ends
-            return {"model": weights, "matching_heuristics": True}
+        for ending, read in _READERS.items():
+            if filename.endswith(ending):
+                return read(filename)
         return super()._load_file(filename)
 
     def _torch_load(self, f: str) -> dict[str, Any]:
-        return _read(f)
+        return read_torch(f)
 
     def _load_model(self, checkpoint: dict[str, Any]):
-        if not checkpoint.get("matching_heuristics"):
+        if not checkpoint.get("matching_heuristics"):  # detectron2's, of names by their ends
             weights = {k.removeprefix("module."): v for k, v in checkpoint["model"].items()}
-            if not weights.keys() <= self.model.state_dict().keys() and detect_family(weights):
-                weights, report = convert_state_dict(weights, self.model)
-                self.logger.info("a published checkpoint of the family %s", report.family)
-                for note in report.notes:
-                    self.logger.info(note)
-            checkpoint["model"] = weights
-        return super()._load_model(checkpoint)
+            weights, origin = self._renamed(weights)
+            checkpoint.update(model=weights, __author__=origin)
+            if self.fine_tune:
+                if done := adapt_classes(weights, self.model):
+                    self.logger.warning(done)
+            else:
+                self._check_shapes(weights)
+        if problem := resnet_mismatch(self.model, checkpoint.get("__author__")):
+            self.logger.warning(problem)
+        loaded = super()._load_model(checkpoint)
+        missing = {*loaded.missing_keys, *(name for name, *_ in loaded.incorrect_shapes)}
+        self._check_missing(missing)
+        if missing == {n for n in self.model.state_dict() if not n.startswith("backbone.")}:
+            self.logger.info("the weights are a backbone's: the rest of the model starts anew")
+            loaded.missing_keys.clear()  # said in one line
+        return loaded
 
+    def _renamed(self, weights: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+        """The weights under the model's names, and whose kind of ResNet they hold, if known."""
+        if weights.keys() <= self.model.state_dict().keys():
+            return weights, None
+        if detect_family(weights):
+            weights, report = convert_state_dict(weights, self.model)
+            self.logger.info("a published checkpoint of the family %s", report.family)
+            for note in report.notes:
+                self.logger.info(note)
+            return weights, "torchvision"
+        origin = "torchvision" if "layer1.0.conv1.weight" in weights else None
+        return backbone_names(weights, self.model) or weights, origin
 
-def _read(path: str) -> dict[str, Any]:
-    """torch.load that runs no code from the file; many published files hold a Namespace."""
-    allow = getattr(torch.serialization, "safe_globals", contextlib.nullcontext)
-    try:
-        with allow([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error).lower():
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise pickle.UnpicklingError(
-            f"{path} holds more than tensors and plain values ({reason}): if you trust it, save "
-            "its weights alone: torch.save(torch.load(path, weights_only=False)['model'], new_path)"
-        ) from error
+    def _check_shapes(self, weights: dict[str, Any]) -> None:
+        if changed := other_class_counts(weights, self.model):
+            old, new = class_counts(changed)
+            raise ValueError(
+                f"the weights were trained for {old} classes, the model has {new}: pass "
+                f"model.num_classes={old} to evaluate or resume them as they are, or fine-tune "
+                "them first (train, without --resume)"
+            )
+        expected = self.model.state_dict()
+        wrong = [
+            f"{name}: {tuple(weights[name].shape)} instead of {tuple(expected[name].shape)}"
+            for name in weights.keys() & expected.keys()
+            if weights[name].shape != expected[name].shape
+        ]
+        if wrong:
+            raise ValueError(
+                f"the weights are not the model's: {len(wrong)} tensors have other shapes "
+                f"({', '.join(sorted(wrong)[:3])}): use the config that they were trained with"
+            )
+
+    def _check_missing(self, missing: set[str]) -> None:
+        if not self.fine_tune:
+            needed = sorted(name for name in missing if not _TRAINING_ONLY.match(name))
+            if needed:
+                raise ValueError(
+                    f"the weights are not the model's: {len(needed)} of its tensors are "
+                    f"missing ({', '.join(needed[:3])}, ...): use the config that they were "
+                    "trained with. A backbone alone can only start a training"
+                )
+        elif missing >= {name for name, _ in self.model.named_parameters()}:
+            raise ValueError(
+                "train.init_checkpoint: not one of its tensors fits the model, so training would "
+                "start from nothing; leave it empty if that is what you want"
+            )
 
 
 @contextlib.contextmanager

@@ -19,6 +19,11 @@ from torch import Tensor, nn
 _UNUSED_COCO_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 COCO_CATEGORY_IDS = [i for i in range(1, 91) if i not in _UNUSED_COCO_IDS]
 
+_POSITION_TEMPERATURES = {
+    "dino": "20 (offset 0)",
+    "detrex": "10000 (offset -0.5) after 12 epochs and 20 (offset 0) after 24 or 36",
+}
+
 Rule = tuple[str, str]
 
 # torchvision's ResNet, as the original repositories wrap it.
@@ -166,9 +171,27 @@ def convert_state_dict(
             "do not tell: published checkpoints named H3L1 (s3) have 3, H2L2 (s2) have 2; a wrong "
             "value loads without an error and costs AP"
         )
+    published = _POSITION_TEMPERATURES.get(name)
+    if published and getattr(model.transformer, "denoising", None) is not None:  # DINO's
+        report.notes.append(
+            f"model.transformer.position.temperature={model.transformer.position.temperature:g} "
+            f"comes from the config, the weights do not tell: published are {published}"
+        )
     report.missing = [k for k in expected if k not in renamed]
     report.unexpected = [k for k in renamed if k not in expected]
     return renamed, report
+
+
+def rename_torchvision(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A ResNet of torchvision (or timm) under the names of this project's ``backbone``."""
+    out = {}
+    for key, value in state_dict.items():
+        if re.match(r"(conv1|bn1|layer\d)\.", key) and not key.endswith("num_batches_tracked"):
+            key = f"backbone.0.body.{key}"
+            for pattern, replacement in _RESNET:
+                key = re.sub(pattern, replacement, key)
+            out[key] = value
+    return out
 
 
 @dataclass

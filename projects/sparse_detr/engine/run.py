@@ -12,8 +12,10 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 
+from ..config import resolve_classes
+from ..data.check import check_data
 from ..data.loader import TrainingBatchSampler, seed_everything
-from ..data.register import check_num_classes
+from ..data.register import check_classes
 from .checkpoint import Checkpointer
 from .schedule import RunLength, build_lr_multiplier, build_optimizer
 from .trainer import Trainer, amp_dtype
@@ -23,7 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 def setup(cfg: DictConfig, args: argparse.Namespace) -> None:
-    """detectron2's ``default_setup`` (folder, log, config.yaml, seed), and this package's log."""
+    """detectron2's ``default_setup`` (folder, log, config.yaml, seed), and this package's log.
+
+    The number of classes is read from the data where the config leaves it open, so that the
+    config.yaml needs no data.
+    """
+    resolve_classes(cfg)
     default_setup(cfg, args)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="sparse_detr")
 
@@ -54,6 +61,8 @@ class Evaluation:
 
 def evaluate(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, float]]:
     """Evaluates ``train.init_checkpoint`` or, if empty or ``resume``, the run's last one."""
+    resolve_classes(cfg)
+    _check_own_data(cfg, "val")
     evaluation = Evaluation(cfg)
     model = _build_model(cfg)
     checkpointer = Checkpointer(model, cfg.train.output_dir)
@@ -74,8 +83,12 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, float
         cfg: sections ``model``, ``dataloader``, ``optimizer``, ``lr_multiplier`` and ``train``.
         resume: continue from the last checkpoint of ``train.output_dir``, if there is one.
     """
+    resolve_classes(cfg)
+    _check_own_data(cfg, "train", "val")
     loader = instantiate(cfg.dataloader.train)
-    evaluation = Evaluation(cfg)
+    evaluation = Evaluation(cfg) if _has_test_set(cfg) else None
+    if evaluation is None:
+        logger.info("no validation set (data.val_json, data.val_images): nothing is evaluated")
     model = _build_model(cfg)
     device = next(model.parameters()).device
 
@@ -101,7 +114,7 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, float
         max_grad_norm=cfg.train.clip_grad.max_norm if cfg.train.clip_grad.enabled else None,
         seed=cfg.train.seed if cfg.train.seed >= 0 else None,
     )
-    checkpointer = Checkpointer(model, cfg.train.output_dir, trainer=trainer)
+    checkpointer = Checkpointer(model, cfg.train.output_dir, fine_tune=True, trainer=trainer)
     results: dict[str, dict[str, float]] = {}
 
     def evaluate_now() -> dict[str, dict[str, float]]:
@@ -115,7 +128,8 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, float
         trainer.register_hooks(
             [hooks.PeriodicCheckpointer(checkpointer, run.checkpoint_period, max_to_keep=keep)]
         )
-    trainer.register_hooks([hooks.EvalHook(run.eval_period, evaluate_now)])
+    if evaluation is not None:
+        trainer.register_hooks([hooks.EvalHook(run.eval_period, evaluate_now)])
     if comm.is_main_process():
         writers = build_writers(cfg.train.output_dir, run.max_iter, run.epoch_iters)
         trainer.register_hooks([hooks.PeriodicWriter(writers, cfg.train.log_period)])
@@ -132,8 +146,9 @@ def _build_model(cfg: DictConfig) -> torch.nn.Module:
     if cfg.train.seed >= 0:
         seed_everything(cfg.train.seed)
     model = instantiate(cfg.model).to(resolve_device(cfg.train.device))
-    names = [name for split in ("train", "test") for name in _dataset_names(cfg.dataloader[split])]
-    check_num_classes(model.num_classes, *names)
+    splits = ("train", "test") if _has_test_set(cfg) else ("train",)
+    names = [name for split in splits for name in _dataset_names(cfg.dataloader[split])]
+    check_classes(model.num_classes, *names, expected=OmegaConf.select(cfg, "data.classes"))
     for split in ("train", "test"):
         delivered = OmegaConf.select(cfg.dataloader[split], "mapper.image_format") or "RGB"
         if delivered != getattr(model, "input_format", delivered):
@@ -143,6 +158,27 @@ def _build_model(cfg: DictConfig) -> torch.nn.Module:
                 f"{model.input_format}"
             )
     return model
+
+
+def _has_test_set(cfg: DictConfig) -> bool:
+    """False for data of one's own (``coco_dataset``) without a validation set."""
+    return OmegaConf.select(cfg.dataloader.test, "dataset.json_file", default="") is not None
+
+
+def _check_own_data(cfg: DictConfig, *splits: str) -> None:
+    """``check_data`` for configs with a ``data`` section like ``common/data/custom.py``'s."""
+    data = cfg.get("data") or {}
+    files = {}
+    for split in splits:
+        json_file, images = data.get(f"{split}_json"), data.get(f"{split}_images")
+        if bool(json_file) != bool(images):
+            raise ValueError(
+                f"data.{split}_json={json_file} and data.{split}_images={images}: pass both"
+            )
+        if json_file:
+            files[split] = (json_file, images)
+    if data.get("check"):
+        check_data(**files)
 
 
 def _dataset_names(loader: DictConfig) -> list[str]:

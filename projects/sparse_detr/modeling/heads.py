@@ -20,6 +20,11 @@ class ClassHead(nn.Linear):
     """(..., C) -> (..., num_classes) logits, starting at probability 0.01."""
 
     def __init__(self, *, embed_dim: int, num_classes: int):
+        if not num_classes:
+            raise ValueError(
+                f"num_classes={num_classes}: the number of classes must be known before the model "
+                "is built; pass model.num_classes=..."
+            )
         super().__init__(embed_dim, num_classes)
         self.init_weights()
 

@@ -1,0 +1,160 @@
+"""Data of one's own from the command line: classes from the JSON, with and without validation."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.engine import default_argument_parser
+
+from sparse_detr import Predictor
+from sparse_detr.config import get_config, list_configs, load_config, resolve_classes
+from sparse_detr.data import generate_shapes
+from sparse_detr.data.synthetic import CLASSES
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train_net  # noqa: E402
+
+TINY = str(ROOT / "tests" / "engine" / "tiny_own.py")  # two iterations
+CUSTOM = [name for name in list_configs() if name.startswith("custom/")]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Eight training and four validation images."""
+    root = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 8), ("val", 4)):
+        generate_shapes(str(root), split, num_images=count)
+    return root
+
+
+def files(data, *splits):
+    return [
+        override
+        for split in splits
+        for override in (
+            f"data.{split}_json={data}/{split}.json", f"data.{split}_images={data}/{split}",
+        )
+    ]  # fmt: skip
+
+
+def run(output_dir, *arguments, config=TINY):
+    flags = [a for a in arguments if a.startswith("--")]
+    overrides = [a for a in arguments if not a.startswith("--")]
+    command = ["--config-file", str(config), *flags, f"train.output_dir={output_dir}", *overrides]
+    return train_net.main(default_argument_parser().parse_args(command))
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, run(folder, *files(data, "train", "val"))
+
+
+def test_four_paths_are_all_it_takes(finished):
+    folder, results = finished
+    assert {f"AP-{name}" for name in CLASSES} <= results["bbox"].keys()
+    cfg = load_config(str(folder / "config.yaml"))
+    assert cfg.model.num_classes == 5 and cfg.data.classes == list(CLASSES)
+    log = (folder / "log.txt").read_text()
+    assert "train.json: 8 images" in log and "val.json: 4 images" in log
+
+
+def test_predictor_knows_the_classes_without_the_data(finished, data, tmp_path):
+    folder, _ = finished
+    moved = tmp_path / "run"
+    shutil.copytree(folder, moved)
+    text = (moved / "config.yaml").read_text().replace(str(data), "/nowhere")
+    (moved / "config.yaml").write_text(text)
+    predict = Predictor(str(moved), device="cpu")
+    assert predict.metadata.thing_classes == list(CLASSES)
+    assert len(predict(np.zeros((64, 80, 3), np.uint8))["instances"]) > 0
+
+
+def test_evaluation_needs_no_training_data(finished, data, tmp_path):
+    folder, results = finished
+    weights = f"train.init_checkpoint={folder / 'model_final.pth'}"
+    again = run(
+        tmp_path / "a", "--eval-only", weights, "data.train_json=/nowhere.json",
+        config=folder / "config.yaml",
+    )  # fmt: skip
+    assert again["bbox"] == pytest.approx(results["bbox"], nan_ok=True)
+    again = run(tmp_path / "b", "--eval-only", weights, *files(data, "val"))
+    assert again["bbox"] == pytest.approx(results["bbox"], nan_ok=True)
+
+
+def test_without_a_validation_set_it_trains_and_says_so(data, tmp_path):
+    assert run(tmp_path, *files(data, "train")) == {}
+    assert (tmp_path / "model_final.pth").is_file()
+    assert "no validation set (data.val_json, data.val_images)" in (tmp_path / "log.txt").read_text()
+
+
+def test_half_of_a_data_set_is_an_error(data, tmp_path):
+    with pytest.raises(ValueError, match="data.val_images=None: pass both"):
+        run(tmp_path, *files(data, "train"), f"data.val_json={data}/val.json")
+
+
+def test_broken_data_stop_before_the_first_step(data, tmp_path):
+    coco = json.loads((data / "train.json").read_text())
+    coco["annotations"][0]["category_id"] = 99
+    (tmp_path / "broken.json").write_text(json.dumps(coco))
+    broken = f"data.train_json={tmp_path / 'broken.json'}"
+    with pytest.raises(ValueError, match="the data must be mended first:\n.*unknown categories"):
+        run(tmp_path / "run", *files(data, "train"), broken)
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_a_number_that_is_not_the_files_is_an_error_that_names_both(data, tmp_path):
+    with pytest.raises(ValueError, match=r"num_classes=7, but .*train.json has 5 classes \(disc,"):
+        run(tmp_path, *files(data, "train", "val"), "model.num_classes=7")
+
+
+def test_other_classes_than_those_learned_cannot_be_evaluated(finished, data, tmp_path):
+    """The same number of classes under other names: AP would be that of a mix-up."""
+    folder, _ = finished
+    coco = json.loads((data / "val.json").read_text())
+    coco["categories"][1]["name"] = "pyramid"
+    (tmp_path / "val.json").write_text(json.dumps(coco))
+    with pytest.raises(ValueError, match="class 1 is 'pyramid' instead of 'triangle'"):
+        run(
+            tmp_path / "run", "--eval-only", f"data.val_json={tmp_path / 'val.json'}",
+            f"train.init_checkpoint={folder / 'model_final.pth'}", config=folder / "config.yaml",
+        )  # fmt: skip
+
+
+def test_a_run_goes_on_from_a_model_of_other_classes(finished, data, tmp_path):
+    """... when it is trained; evaluation and resuming take the weights as they are."""
+    folder, _ = finished
+    coco = json.loads((data / "train.json").read_text())
+    coco["categories"].append({"id": 6, "name": "hexagon"})
+    (tmp_path / "six.json").write_text(json.dumps(coco))
+    six = [*files(data, "train"), f"data.train_json={tmp_path / 'six.json'}"]
+    weights = f"train.init_checkpoint={folder / 'model_final.pth'}"
+    run(tmp_path / "new", *six, weights)
+    assert "fine-tuning from 5 to 6 classes" in (tmp_path / "new" / "log.txt").read_text()
+
+    shutil.copytree(folder, tmp_path / "old")
+    with pytest.raises(ValueError, match="trained for 5 classes, the model has 6"):
+        run(tmp_path / "old", "--resume", *six)
+
+
+@pytest.mark.parametrize("name", CUSTOM)
+def test_the_recipes_leave_the_classes_to_the_data(name, data):
+    cfg = get_config(name, files(data, "train"))
+    assert cfg.model.num_classes is None
+    resolve_classes(cfg)
+    assert cfg.model.num_classes == 5
+    assert cfg.train.output_dir == f"./output/{name}"
+    assert cfg.dataloader.train.total_batch_size == 8
+
+
+def test_nothing_is_guessed_without_data():
+    with pytest.raises(ValueError, match="num_classes is not known: pass data.train_json="):
+        resolve_classes(get_config(CUSTOM[0]))
+    cfg = get_config(CUSTOM[0], ["model.num_classes=4"])
+    resolve_classes(cfg)
+    assert cfg.model.num_classes == 4

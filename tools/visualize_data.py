@@ -1,0 +1,81 @@
+#!/usr/bin/env python
+"""Draw the training data: as annotated, or as the network sees them.
+
+    python tools/visualize_data.py --config-file ... --source annotation --output DIR --num 10
+    python tools/visualize_data.py --config-file ... --source dataloader data.train_json=...
+
+"annotation" draws the files and their boxes, crowd regions included. "dataloader" draws what the
+training loader delivers in the run's first iterations, after augmentation: the same crops, in the
+same order, as training with this config and seed (without mean and standard deviation, which the
+model takes off). `--config-file` takes a file or the name of a shipped config; overrides follow.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+warnings.filterwarnings("ignore", message=r"`torch\.jit\.")  # detectron2's import
+if importlib.util.find_spec("sparse_detr") is None:  # run from a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "projects"))
+
+import numpy as np  # noqa: E402
+from detectron2.config import instantiate  # noqa: E402
+from detectron2.data import MetadataCatalog  # noqa: E402
+from detectron2.data.detection_utils import read_image  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from sparse_detr import config  # noqa: E402
+from sparse_detr.visualize import draw_ground_truth, draw_input  # noqa: E402
+
+
+def annotated(cfg: DictConfig, num: int, width: int) -> Iterator[tuple[str, np.ndarray]]:
+    """File names and pictures of the first ``num`` records."""
+    records = instantiate(cfg.dataloader.train.dataset)
+    metadata = MetadataCatalog.get(cfg.dataloader.train.dataset.names)
+    for record in records[:num]:
+        image = read_image(record["file_name"], "RGB")
+        scale = width / image.shape[1]
+        yield record["file_name"], draw_ground_truth(image, record, metadata, scale=scale)
+
+
+def loaded(cfg: DictConfig, num: int, width: int) -> Iterator[tuple[str, np.ndarray]]:
+    """File names and pictures of the first ``num`` images that training sees."""
+    cfg.dataloader.train.num_workers = 0
+    loader = instantiate(cfg.dataloader.train)
+    loader.batch_sampler.seed = max(cfg.train.seed, 0)
+    metadata = MetadataCatalog.get(cfg.dataloader.train.dataset.names)
+    image_format = cfg.dataloader.train.mapper.get("image_format", "RGB")
+    for entry in itertools.islice(itertools.chain.from_iterable(loader), num):
+        scale = width / entry["image"].shape[2]
+        yield entry["file_name"], draw_input(entry, metadata, image_format, scale=scale)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--source", choices=("annotation", "dataloader"), default="dataloader")
+    parser.add_argument("--output", default="output/data", metavar="DIR")
+    parser.add_argument("--num", type=int, default=16, help="how many images (default: 16)")
+    parser.add_argument("--width", type=int, default=800, help="of each picture (default: 800)")
+    parser.add_argument("opts", nargs="*", help="config overrides, path.key=value")
+    args = parser.parse_args()
+
+    cfg = config.load_config(args.config_file, args.opts)
+    os.makedirs(args.output, exist_ok=True)
+    pictures = annotated if args.source == "annotation" else loaded
+    for number, (name, picture) in enumerate(pictures(cfg, args.num, args.width)):
+        target = os.path.join(args.output, f"{number:04d}_{Path(name).stem}.jpg")
+        Image.fromarray(picture).save(target, quality=90)
+        print(target)
+
+
+if __name__ == "__main__":
+    main()
