@@ -2,7 +2,7 @@
 
     python train_net.py --config-file configs/quick/deformable_detr_r50_custom.py \\
         data.train_json=... data.train_images=... data.val_json=... data.val_images=... \\
-        model.num_classes=3 train.init_checkpoint=R-50.pkl
+        train.init_checkpoint=R-50.pkl
 
 The backbone takes detectron2's own (MSRA) ImageNet weights.
 """
@@ -14,6 +14,7 @@ from ..models.backbones import msra_input, resnet50_msra
 from ..models.deformable_detr_two_stage import efficient as model
 
 model.backbone = resnet50_msra.backbone
+model.num_classes = None  # read from the annotations
 model.update(msra_input)
 model.transformer.encoder.num_layers = 3
 model.transformer.decoder.num_layers = 3

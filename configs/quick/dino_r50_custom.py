@@ -5,6 +5,7 @@ from ..models.dino import model
 from .deformable_detr_r50_custom import data, dataloader, lr_multiplier, optimizer, train
 
 model.backbone = resnet50_msra.backbone
+model.num_classes = None  # read from the annotations
 model.update(msra_input)
 model.transformer.encoder.num_layers = 3
 model.transformer.decoder.num_layers = 3
