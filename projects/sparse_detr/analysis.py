@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
@@ -20,9 +19,12 @@ from fvcore.nn.jit_handles import get_shape
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from .kernels.flops import fvcore_handles
+
 COUNTED = (
     "Counted, one per multiply-add: convolutions, linear layers, matrix products (also inside "
-    "attention); 4 per bilinear sample and channel in deformable attention; 5 per element of layer "
+    "attention); 4 per bilinear sample and channel in deformable attention, where key-aware attention "
+    "samples keys and values, and multiplies both; 5 per element of layer "
     "and group norms; 1 per element of resized masks. Not counted: batch norms (they fold into "
     "convolutions), softmax, top-k, gather and scatter, everything elementwise."
 )
@@ -135,23 +137,6 @@ def _depth(name: str) -> int:
     return name.count(".") + 1 if name else 0
 
 
-def _samples(value: Sequence[int], per_sample: Sequence[int]) -> Counter:
-    """What ``grid_sample`` counts for (B, N, M, D) values at (B, Q, M, L, P, ...) places."""
-    return Counter(grid_sampler=4 * prod(per_sample[:5]) * value[3])
-
-
-def _deformable_attention(inputs: Sequence, outputs: Sequence) -> Counter:
-    """(value, shapes, locations, weights) or (value, shapes, reference, offsets, logits)."""
-    return _samples(get_shape(inputs[0]), get_shape(inputs[3]))
-
-
-def _key_aware_attention(inputs: Sequence, outputs: Sequence) -> Counter:
-    """(query, key or None, value, shapes, locations): keys are sampled like values."""
-    has_key = inputs[1].type().kind() == "TensorType"
-    once = _samples(get_shape(inputs[2]), get_shape(inputs[4]))
-    return once + once if has_key else once
-
-
 def _dot_product_attention(inputs: Sequence, outputs: Sequence) -> int:
     """Two matrix products: (..., Q, D) x (..., K, D) and (..., Q, K) x (..., K, D)."""
     return 2 * prod(get_shape(inputs[0])) * get_shape(inputs[1])[-2]
@@ -160,7 +145,5 @@ def _dot_product_attention(inputs: Sequence, outputs: Sequence) -> int:
 _HANDLES = {
     "aten::batch_norm": lambda inputs, outputs: 0,
     "aten::scaled_dot_product_attention": _dot_product_attention,
-    "sparse_detr::ms_deform_attn": _deformable_attention,
-    "sparse_detr::ms_deform_attn_fused": _deformable_attention,
-    "sparse_detr::key_aware_deform_attn": _key_aware_attention,
+    **fvcore_handles(),
 }

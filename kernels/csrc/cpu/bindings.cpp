@@ -291,9 +291,10 @@ std::tuple<Tensor, Tensor> key_aware_deform_attn(const Tensor& query, const std:
                                                  const Tensor& locations) {
   const KeyAwareInputs in(query, key, value, shapes, locations);
   const Sizes& s = in.call.sizes;
-  Tensor output = at::zeros({s.B, s.Q, s.M * s.D}, value.options());
-  Tensor lse = at::zeros({s.B, s.Q, s.M}, value.options().dtype(accumulator_of(value)));
-  if (in.call.empty()) return {output, lse};
+  const auto type = accumulator_of(value);
+  Tensor output = empty({s.B, s.Q, s.M * s.D}, value, value.scalar_type());
+  Tensor lse = empty({s.B, s.Q, s.M}, value, type);
+  if (in.call.empty()) return {output.zero_(), lse.zero_()};
   for_type(value, [&](auto zero) {
     using T = decltype(zero);
     at::parallel_for(0, s.B * s.Q, kGrain, [&](int64_t begin, int64_t end) {
