@@ -4,6 +4,10 @@
 of the methods that this package implements (converted by ``engine.convert``), or a ``.npz`` of
 numpy arrays under detectron2's backbone names. Files are read with ``weights_only``: an untrusted
 checkpoint cannot run code. (``.pkl`` is a pickle by nature: load only those you trust.)
+
+Where a run has kept a moving average of its weights, its checkpoints hold both: "model" is what
+training goes on with, "model_ema" what the run evaluated. Whoever loads weights alone, to evaluate,
+predict or fine-tune, gets the average.
 """
 
 import argparse
@@ -36,13 +40,14 @@ class Checkpointer(DetectionCheckpointer):
         data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()}, **kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
-        with _replacing(path) as partial:
+        with replacing(path) as partial:
             torch.save(data, partial)
-        self.tag_last_checkpoint(os.path.basename(path))
+        if self.checkpointables:  # a run can go on from it
+            self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with (
-            _replacing(os.path.join(self.save_dir, "last_checkpoint")) as partial,
+            replacing(os.path.join(self.save_dir, "last_checkpoint")) as partial,
             open(partial, "w") as file,
         ):
             file.write(last_filename_basename)
@@ -74,10 +79,12 @@ class Checkpointer(DetectionCheckpointer):
             "delete them, or start without --resume"
         )
 
-    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
             raise ValueError(f"train.init_checkpoint: there is no file {os.path.abspath(path)}")
-        return super().load(path, *args, **kwargs)
+        wanted = self.checkpointables if checkpointables is None else checkpointables
+        self._weights_alone = not wanted
+        return super().load(path, checkpointables)
 
     def _candidates(self) -> list[str]:
         """Checkpoints to resume from: the tagged one, then the others from new to old."""
@@ -104,6 +111,11 @@ class Checkpointer(DetectionCheckpointer):
         return _read(f)
 
     def _load_model(self, checkpoint: dict[str, Any]):
+        if self._weights_alone and "n_averaged" in checkpoint.get("model_ema", ()):
+            self.logger.info("taking the moving average of the weights")
+            average = checkpoint.pop("model_ema")
+            del average["n_averaged"]  # the other names have the prefix "module."
+            checkpoint["model"] = average
         if not checkpoint.get("matching_heuristics"):
             weights = {k.removeprefix("module."): v for k, v in checkpoint["model"].items()}
             if not weights.keys() <= self.model.state_dict().keys() and detect_family(weights):
@@ -132,7 +144,7 @@ def _read(path: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _replacing(path: str):
+def replacing(path: str):
     """Gives a temporary path that takes ``path``'s place once it is complete and on disk."""
     partial = f"{path}.{os.getpid()}.tmp"
     try:
