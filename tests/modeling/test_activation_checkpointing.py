@@ -86,7 +86,7 @@ def test_evaluation_has_nothing_to_recompute():
     model = model_of(CONFIGS[0], True).eval()
     calls = []
     layer = model.transformer.encoder.layers[0]
-    layer.register_forward_hook(lambda *_: calls.append(1))
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         model([sample(40, 40)])
     assert len(calls) == 1
