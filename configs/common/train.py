@@ -9,6 +9,8 @@ train = dict(
     max_iter=None,  # iterations; wins over epochs if set
     eval_period=None,  # iterations; None: once per epoch, 0: only at the end
     log_period=20,
+    # Weights & Biases, beside the terminal, metrics.json and TensorBoard; params go to wandb.init
+    wandb=dict(enabled=False, params=dict(project="sparse_detr", name=None, id=None)),
     checkpointer=dict(period=None, max_to_keep=5),  # iterations; None: once per epoch
     # the weights with the best result, in model_best.pth
     best_checkpoint=dict(enabled=True, metric="bbox/AP", mode="max"),

@@ -5,7 +5,6 @@
 
 from detectron2.config import LazyCall as L
 from detectron2.data import build_detection_test_loader
-from detectron2.evaluation import COCOEvaluator
 
 from sparse_detr.data import (
     DetrDatasetMapper,
@@ -14,6 +13,7 @@ from sparse_detr.data import (
     test_augmentations,
     train_augmentations,
 )
+from sparse_detr.engine import FastCOCOEvaluator
 
 dataloader = dict(
     train=L(build_train_loader)(
@@ -40,7 +40,7 @@ dataloader = dict(
         batch_size=1,
         num_workers=4,
     ),
-    evaluator=L(COCOEvaluator)(
+    evaluator=L(FastCOCOEvaluator)(
         dataset_name="${..test.dataset.names}", output_dir="${train.output_dir}/inference"
     ),
 )

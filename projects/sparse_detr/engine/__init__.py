@@ -3,6 +3,7 @@
 from .best import BestCheckpoint
 from .checkpoint import Checkpointer
 from .ema import ModelEMA
+from .evaluation import FastCOCOEvaluator
 from .run import Evaluation, evaluate, resolve_device, setup, train
 from .schedule import EpochSchedule, LRFactors, RunLength, build_lr_multiplier, build_optimizer
 from .trainer import Trainer
@@ -12,6 +13,7 @@ __all__ = [
     "Checkpointer",
     "EpochSchedule",
     "Evaluation",
+    "FastCOCOEvaluator",
     "LRFactors",
     "ModelEMA",
     "RunLength",

@@ -137,7 +137,8 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, float
         )
         trainer.register_hooks([best])
     if comm.is_main_process():
-        writers = build_writers(cfg.train.output_dir, run.max_iter, run.epoch_iters)
+        wandb = OmegaConf.to_container(cfg.train.wandb.params) if cfg.train.wandb.enabled else None
+        writers = build_writers(cfg.train.output_dir, run.max_iter, run.epoch_iters, wandb)
         trainer.register_hooks([hooks.PeriodicWriter(writers, cfg.train.log_period)])
 
     resume = resume and checkpointer.has_checkpoint()
