@@ -4,6 +4,7 @@ from .best import BestCheckpoint
 from .checkpoint import Checkpointer
 from .ema import ModelEMA
 from .evaluation import FastCOCOEvaluator
+from .processes import launch
 from .run import Evaluation, evaluate, resolve_device, setup, train
 from .schedule import EpochSchedule, LRFactors, RunLength, build_lr_multiplier, build_optimizer
 from .trainer import Trainer
@@ -21,6 +22,7 @@ __all__ = [
     "build_lr_multiplier",
     "build_optimizer",
     "evaluate",
+    "launch",
     "resolve_device",
     "setup",
     "train",

@@ -16,6 +16,7 @@ import glob
 import os
 import pickle
 import re
+import shutil
 import zipfile
 from typing import Any
 
@@ -40,8 +41,16 @@ class Checkpointer(DetectionCheckpointer):
         data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()}, **kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
-        with replacing(path) as partial:
-            torch.save(data, partial)
+        try:
+            with replacing(path) as partial:
+                torch.save(data, partial)
+        except (OSError, RuntimeError) as error:  # torch's own writer knows no OSError
+            free = shutil.disk_usage(self.save_dir).free / 2**20
+            raise OSError(
+                f"cannot write the checkpoint {path}: {str(error).splitlines()[0]} "
+                f"({free:.0f} MiB are free there). The checkpoints before it are untouched: "
+                "make room, then go on with --resume"
+            ) from error
         if self.checkpointables:  # a run can go on from it
             self.tag_last_checkpoint(os.path.basename(path))
 
@@ -61,6 +70,9 @@ class Checkpointer(DetectionCheckpointer):
         Raises:
             ValueError: ``resume``, and none of the checkpoints that are there can be read.
         """
+        if self.checkpointables and self.save_to_disk:  # left by a run that was killed
+            for partial in glob.glob(os.path.join(glob.escape(self.save_dir), "*.pth.*.tmp")):
+                os.remove(partial)
         candidates = self._candidates() if resume else []
         if not candidates:
             return self.load(path, checkpointables=[])

@@ -94,9 +94,9 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, float
         run.checkpoint_period,
     )
 
-    ddp = {"device_ids": None} if device.type == "cpu" else {}
+    device_ids = None if device.type == "cpu" else [torch.cuda.current_device()]
     trainer = Trainer(
-        model=create_ddp_model(model, **{**cfg.train.ddp, **ddp}),
+        model=create_ddp_model(model, device_ids=device_ids, **cfg.train.ddp),
         data_loader=loader,
         optimizer=build_optimizer(cfg.optimizer, model),
         amp=amp_dtype(cfg.train.amp.enabled, cfg.train.amp.dtype, device),
