@@ -147,6 +147,33 @@ def test_eval_only_without_weights_says_what_to_pass(data, tmp_path):
         run(data, tmp_path, "--eval-only")
 
 
+def test_a_moving_average_is_what_gets_evaluated_and_kept_as_the_best(data, tmp_path):
+    """In the run, as model_best.pth, and by --eval-only with either file."""
+    ema = "train.model_ema.enabled=true"
+    run(data, tmp_path / "a", ema, "train.model_ema.warmup=2", "train.eval_period=0")
+    final, best = (read(tmp_path / "a" / f"model_{name}.pth") for name in ("final", "best"))
+    average = {k.removeprefix("module."): v for k, v in final["model_ema"].items()}
+    assert average.pop("n_averaged") == 6 and same(average, dict(best["model"]))
+    assert not same(dict(final["model"]), dict(best["model"]))
+    assert (tmp_path / "a" / "last_checkpoint").read_text() == "model_final.pth"
+    for name in ("final", "best"):
+        weights = f"train.init_checkpoint={tmp_path / 'a' / f'model_{name}.pth'}"
+        run(data, tmp_path / name, "--eval-only", weights)
+        assert detections(tmp_path / name) == detections(tmp_path / "a")
+
+
+def test_early_stopping_ends_in_good_order(data, tmp_path):
+    """Resumed, the run stops again at once: a queue that restarts jobs does not train on."""
+    early = ["train.eval_period=1", "train.early_stop.patience=1"]  # AP stays 0
+    assert run(data, tmp_path, *early)["bbox/AP"] == 0
+    assert "training stops after 2 of 6 iterations" in (tmp_path / "log.txt").read_text()
+    assert read(tmp_path / "model_final.pth")["iteration"] == 1 and max(metrics(tmp_path)) == 1
+    run(data, tmp_path, "--resume", *early)
+    assert max(metrics(tmp_path)) == 1
+    run(data, tmp_path, "--resume", "train.eval_period=1", "train.early_stop.patience=9")
+    assert max(metrics(tmp_path)) == 6
+
+
 def test_the_saved_config_runs_again(finished, tmp_path):
     folder, _ = finished
     cfg = config.load_config(str(folder / "config.yaml"))
