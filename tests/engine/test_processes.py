@@ -51,10 +51,12 @@ def detections(folder):
 
 @pytest.mark.slow
 def test_two_processes_do_what_one_does_with_the_joint_batch(tmp_path):
-    """With torchrun, accumulation and moving average; one process has no object in iteration 1."""
+    """With torchrun, accumulation, recomputed activations and a moving average; in iteration 1 one
+    process has no object."""
     data, one, two = (tmp_path / name for name in ("data", "one", "two"))
     empty_one_share(data)
     overrides = [f"data.root={data}", f"train.output_dir={two}", "train.grad_accumulation=2"]
+    overrides += ["model.transformer.activation_checkpointing=true"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(ROOT / "train_net.py"), "--config-file", CONFIG, *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
