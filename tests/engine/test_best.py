@@ -78,7 +78,7 @@ def test_a_run_that_improves_no_more_is_stopped(tmp_path, caplog):
 
 @pytest.mark.parametrize("start", [4, 5, 6])
 def test_counting_goes_on_after_a_resume(tmp_path, start):
-    """As if uninterrupted, from whichever iteration; later evaluations are forgotten."""
+    """As if uninterrupted, from whichever iteration."""
     with pytest.raises(StopIteration):
         run(tmp_path, [1.0, 3.0, 2.0])
     trainer, _ = run(tmp_path, [2.0, 2.5][start // 6 :], start=start, patience=2)
@@ -90,6 +90,14 @@ def test_counting_goes_on_after_a_resume(tmp_path, start):
     assert not more.stopped and best_weight(tmp_path) == -10
     fresh, _ = run(tmp_path, [0.5] * 5)  # not resumed: a new run in the same folder
     assert best_weight(tmp_path) == -2
+
+
+def test_evaluations_after_the_checkpoint_are_forgotten(tmp_path):
+    """Resumed after four steps with another learning rate, say: the result at six is void."""
+    with pytest.raises(StopIteration):
+        run(tmp_path, [1.0, 3.0, 9.0])
+    run(tmp_path, [2.0, 5.0, 4.0], start=4)
+    assert best_weight(tmp_path) == -8
 
 
 def test_settings_that_cannot_work_are_refused(tmp_path):
