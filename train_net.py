@@ -5,6 +5,7 @@
     python train_net.py --config-file ... train.epochs=12 optimizer.lr=1e-4   # overrides
     python train_net.py --config-file ... --resume                            # continue a run
     python train_net.py --config-file ... --eval-only train.init_checkpoint=model.pth
+    torchrun --nproc-per-node 8 train_net.py --config-file ...                # or srun
 
 The flags are detectron2's. ``--config-file`` takes a file or the name of a shipped config.
 """
@@ -19,7 +20,7 @@ warnings.filterwarnings("ignore", message=r"`torch\.jit\.")  # detectron2's impo
 if importlib.util.find_spec("sparse_detr") is None:  # run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent / "projects"))
 
-from detectron2.engine import default_argument_parser, launch  # noqa: E402
+from detectron2.engine import default_argument_parser  # noqa: E402
 
 from sparse_detr import config, engine  # noqa: E402
 
@@ -34,12 +35,4 @@ def main(args: argparse.Namespace) -> dict:
 
 
 if __name__ == "__main__":
-    args = default_argument_parser(epilog=__doc__).parse_args()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    engine.launch(main, default_argument_parser(epilog=__doc__).parse_args())

@@ -79,8 +79,8 @@ def ms_deform_attn(
     B, _, M, D = value.shape
     Q = locations.shape[1]
     samples = sample_levels(value.to(accumulation_dtype(value.dtype)), shapes, locations)
-    weights = weights.to(samples.dtype).transpose(1, 2).reshape(B * M, 1, Q, -1)
-    output = (samples * weights).sum(-1)  # (B*M, D, Q)
+    weights = weights.to(samples.dtype).transpose(1, 2).flatten(3).flatten(0, 1)  # (B*M, Q, L*P)
+    output = (samples * weights[:, None]).sum(-1)  # (B*M, D, Q)
     return output.view(B, M * D, Q).transpose(1, 2).to(value.dtype).contiguous()
 
 

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.config import LazyCall as L
-from detectron2.data import transforms as T
-from detectron2.engine import default_argument_parser, launch
+from detectron2.engine import default_argument_parser
 from detectron2.evaluation.testing import flatten_results_dict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,6 +147,33 @@ def test_eval_only_without_weights_says_what_to_pass(data, tmp_path):
         run(data, tmp_path, "--eval-only")
 
 
+def test_a_moving_average_is_what_gets_evaluated_and_kept_as_the_best(data, tmp_path):
+    """In the run, as model_best.pth, and by --eval-only with either file."""
+    ema = "train.model_ema.enabled=true"
+    run(data, tmp_path / "a", ema, "train.model_ema.warmup=2", "train.eval_period=0")
+    final, best = (read(tmp_path / "a" / f"model_{name}.pth") for name in ("final", "best"))
+    average = {k.removeprefix("module."): v for k, v in final["model_ema"].items()}
+    assert average.pop("n_averaged") == 6 and same(average, dict(best["model"]))
+    assert not same(dict(final["model"]), dict(best["model"]))
+    assert (tmp_path / "a" / "last_checkpoint").read_text() == "model_final.pth"
+    for name in ("final", "best"):
+        weights = f"train.init_checkpoint={tmp_path / 'a' / f'model_{name}.pth'}"
+        run(data, tmp_path / name, "--eval-only", weights)
+        assert detections(tmp_path / name) == detections(tmp_path / "a")
+
+
+def test_early_stopping_ends_in_good_order(data, tmp_path):
+    """Resumed, the run stops again at once: a queue that restarts jobs does not train on."""
+    early = ["train.eval_period=1", "train.early_stop.patience=1"]  # AP stays 0
+    assert run(data, tmp_path, *early)["bbox/AP"] == 0
+    assert "training stops after 2 of 6 iterations" in (tmp_path / "log.txt").read_text()
+    assert read(tmp_path / "model_final.pth")["iteration"] == 1 and max(metrics(tmp_path)) == 1
+    run(data, tmp_path, "--resume", *early)
+    assert max(metrics(tmp_path)) == 1
+    run(data, tmp_path, "--resume", "train.eval_period=1", "train.early_stop.patience=9")
+    assert max(metrics(tmp_path)) == 6
+
+
 def test_the_saved_config_runs_again(finished, tmp_path):
     folder, _ = finished
     cfg = config.load_config(str(folder / "config.yaml"))
@@ -206,37 +231,3 @@ def test_the_script_runs_by_itself(data, finished, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "copypaste: AP,AP50,AP75" in done.stdout + done.stderr
     assert detections(tmp_path) == detections(folder)
-
-
-def train_in_process(data, output_dir):
-    """One process of the data-parallel test: frozen norms, images of one size."""
-    torch.set_num_threads(1)
-    overrides = [f"data.root={data}", f"train.output_dir={output_dir}", "optimizer.lr=1e-4"]
-    # Adam's default would step by the full rate on gradients that are nothing but rounding.
-    overrides += ["optimizer.eps=1e-4"]
-    overrides += ["train.max_iter=3", "train.log_period=1", "train.eval_period=0"]
-    overrides += [f"model.transformer.{part}.layer.dropout=0.0" for part in ("encoder", "decoder")]
-    cfg = config.load_config(TINY, overrides)
-    cfg.model.backbone.stem.norm = "FrozenBN"
-    for stage in cfg.model.backbone.stages:
-        stage.norm = "FrozenBN"
-    for split in ("train", "test"):
-        cfg.dataloader[split].mapper.augmentations = [L(T.Resize)(shape=[64, 64])]
-    Path(output_dir).mkdir(exist_ok=True)
-    engine.train(cfg)
-
-
-@pytest.mark.slow
-def test_two_processes_do_what_one_does_with_the_joint_batch(data, tmp_path):
-    """Same losses and weights, and an evaluation that gathers every image."""
-    train_in_process(data, tmp_path / "one")
-    launch(train_in_process, 2, dist_url="auto", args=(data, tmp_path / "two"))
-    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    for iteration in range(3):
-        for key in [k for k in one[iteration] if "loss" in k or k == "grad_norm"]:
-            assert two[iteration][key] == pytest.approx(one[iteration][key], rel=2e-4), key
-    weights = [read(tmp_path / n / "model_final.pth")["model"] for n in ("one", "two")]
-    for name in weights[0]:
-        torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-3, atol=1e-5)
-    assert len(detections(tmp_path / "one")) == len(detections(tmp_path / "two"))
-    assert {d["image_id"] for d in detections(tmp_path / "two")} == set(range(1, 7))

@@ -9,7 +9,15 @@ train = dict(
     max_iter=None,  # iterations; wins over epochs if set
     eval_period=None,  # iterations; None: once per epoch, 0: only at the end
     log_period=20,
+    # Weights & Biases, beside the terminal, metrics.json and TensorBoard; params go to wandb.init
+    wandb=dict(enabled=False, params=dict(project="sparse_detr", name=None, id=None)),
     checkpointer=dict(period=None, max_to_keep=5),  # iterations; None: once per epoch
+    # the weights with the best result, in model_best.pth
+    best_checkpoint=dict(enabled=True, metric="bbox/AP", mode="max"),
+    early_stop=dict(patience=None),  # stop after so many evaluations without a new best
+    # evaluate and keep a moving average of the weights; warmup in iterations
+    model_ema=dict(enabled=False, decay=0.9997, warmup=2000),
+    grad_accumulation=1,  # compute a batch in so many parts: less memory, same training
     amp=dict(enabled=False, dtype="bfloat16"),  # or "float16" (GPU only)
     clip_grad=dict(enabled=True, max_norm=0.1),  # global L2 norm
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),

@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_nothing_readable_is_an_error_not_a_fresh_start(tmp_path):
         resumed(tmp_path)
 
 
-def test_a_failed_write_leaves_the_last_checkpoint_alone(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_last_checkpoint_alone(tmp_path, monkeypatch):
     save(tmp_path, "model_0000009", 1)
 
     def full(data, path):
@@ -94,11 +95,39 @@ def test_a_failed_write_leaves_the_last_checkpoint_alone(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError) as error:
         save(tmp_path, "model_0000009", 2)
     monkeypatch.undo()
+    message = str(error.value)
+    assert f"cannot write the checkpoint {tmp_path}/model_0000009.pth" in message
+    assert "No space left" in message and re.search(r"\(\d+ MiB are free there\)", message)
+    assert "go on with --resume" in message
     assert resumed(tmp_path) == 1
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_what_torch_says_when_a_file_cannot_grow(tmp_path):
+    """The kernel itself stops the write, in the middle of torch's own file format."""
+    resource = pytest.importorskip("resource")
+    save(tmp_path, "model_0000009", 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="cannot write the checkpoint .*model_0000019.pth"):
+            save(tmp_path, "model_0000019", 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert resumed(tmp_path) == 1
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
+    save(tmp_path, "model_0000009", 1)
+    half = tmp_path / "model_0000019.pth.123.tmp"
+    half.write_bytes(b"half a file")
+    Checkpointer(Model(), str(tmp_path)).resume_or_load("")  # only looks: the run may be alive
+    assert half.exists()
+    assert resumed(tmp_path) == 1 and not half.exists()
 
 
 def test_initial_weights_leave_the_trainer_alone(tmp_path):

@@ -11,6 +11,8 @@ from torch import nn
 from sparse_detr.engine import Trainer
 from sparse_detr.engine.trainer import amp_dtype
 
+from ..modeling.tiny import sample, tiny_model
+
 
 class Toy(nn.Module):
     """Two losses that are linear in the weight, so that gradients are known."""
@@ -119,7 +121,7 @@ def test_a_gradient_that_is_not_finite_stops_too():
     model = Root()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     trainer = Trainer(model=model, data_loader=iter([[entry()]]), optimizer=optimizer, seed=0)
-    with pytest.raises(FloatingPointError, match="grad_norm = nan for the images 1 .1.jpg."):
+    with pytest.raises(FloatingPointError, match="grad_norm = nan\n  images: 1 .1.jpg."):
         trainer.train(0, 1)
     assert torch.equal(model.linear.weight, torch.ones(1, 4))
 
@@ -142,3 +144,25 @@ def test_a_drawn_seed_is_kept_by_checkpoints():
     assert first.seed != second.seed
     second.load_state_dict(first.state_dict())
     assert first.seed == second.seed
+
+
+def test_a_broken_image_and_broken_weights_are_pointed_out():
+    def stopped(model, batch):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        trainer = Trainer(model=model, data_loader=iter([batch]), optimizer=optimizer, seed=0)
+        with pytest.raises(FloatingPointError) as error:
+            trainer.train(0, 1)
+        return str(error.value)
+
+    sound, broken = (sample(48, 64, seed=seed) for seed in (1, 2))
+    broken["image"][0, 3, 5] = math.nan
+    message = stopped(tiny_model(), [sound, broken])
+    assert "images: None (image1.jpg), None (image2.jpg)" in message
+    assert "the pixels of None (image2.jpg) are not finite" in message and "of the weights" not in message
+
+    model = tiny_model()
+    with torch.no_grad():
+        model.transformer.level_embed[1, 2] = math.inf
+    message = stopped(model, [sound, sample(48, 64, seed=3)])
+    assert "1 of the weights are not finite themselves: transformer.level_embed" in message
+    assert "the pixels" not in message

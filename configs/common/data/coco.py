@@ -5,10 +5,10 @@
 
 from detectron2.config import LazyCall as L
 from detectron2.data import build_detection_test_loader
-from detectron2.evaluation import COCOEvaluator
 
 from sparse_detr.data import (
     DetrDatasetMapper,
+    FastCOCOEvaluator,
     build_train_loader,
     registered_dataset,
     test_augmentations,
@@ -40,7 +40,7 @@ dataloader = dict(
         batch_size=1,
         num_workers=4,
     ),
-    evaluator=L(COCOEvaluator)(
+    evaluator=L(FastCOCOEvaluator)(
         dataset_name="${..test.dataset.names}", output_dir="${train.output_dir}/inference"
     ),
 )

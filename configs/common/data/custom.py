@@ -8,7 +8,7 @@ Without ``val_json`` and ``val_images`` a run trains and evaluates nothing.
 
 from detectron2.config import LazyCall as L
 
-from sparse_detr.data import coco_dataset, coco_evaluator
+from sparse_detr.data import coco_dataset
 
 from .coco import dataloader
 
@@ -27,4 +27,3 @@ dataloader.train.dataset = L(coco_dataset)(
 dataloader.test.dataset = L(coco_dataset)(
     names="custom_val", json_file="${data.val_json}", image_root="${data.val_images}"
 )
-dataloader.evaluator._target_ = coco_evaluator

@@ -1,13 +1,13 @@
 """Data sets, augmentation and loading."""
 
 from .check import category_names, check_coco, check_data
+from .evaluation import FastCOCOEvaluator
 from .loader import build_train_loader
 from .mapper import DetrDatasetMapper, test_augmentations, train_augmentations
 from .register import (
     check_classes,
     check_datasets,
     coco_dataset,
-    coco_evaluator,
     register_coco,
     registered_dataset,
 )
@@ -15,6 +15,7 @@ from .synthetic import generate_shapes, shapes_dataset
 
 __all__ = [
     "DetrDatasetMapper",
+    "FastCOCOEvaluator",
     "build_train_loader",
     "category_names",
     "check_classes",
@@ -22,7 +23,6 @@ __all__ = [
     "check_data",
     "check_datasets",
     "coco_dataset",
-    "coco_evaluator",
     "generate_shapes",
     "register_coco",
     "registered_dataset",

@@ -90,4 +90,13 @@ class DetrDatasetMapper(DatasetMapper):
         """Adds ``image``, (3, H, W) uint8, and in training ``instances`` with absolute boxes."""
         if self.is_train and "annotations" not in dataset_dict:
             dataset_dict = {**dataset_dict, "annotations": []}
-        return super().__call__(dataset_dict)
+        try:
+            return super().__call__(dataset_dict)
+        except OSError as error:
+            if self.is_train:  # the training set tells which image it was, whatever failed
+                raise
+            raise OSError(
+                f"cannot read image {dataset_dict.get('image_id')} "
+                f"({dataset_dict.get('file_name')}): {error}. "
+                "Replace the file, or take the image out of the annotation file."
+            ) from error

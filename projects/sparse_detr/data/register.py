@@ -4,16 +4,13 @@ Registration is idempotent and happens when a config is instantiated, never when
 config may be loaded any number of times, also in worker processes.
 """
 
-import contextlib
 import difflib
-import io
 import logging
 import os
 from collections.abc import Sequence
 
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
-from detectron2.evaluation import COCOEvaluator
 
 logger = logging.getLogger(__name__)
 
@@ -69,25 +66,6 @@ def coco_dataset(
     for record in records:  # a flip would turn a negative size into a box of another place
         record["annotations"] = [a for a in record["annotations"] if min(a["bbox"][2:]) > 0]
     return records
-
-
-def coco_evaluator(*, dataset_name: str, **options: object) -> COCOEvaluator:
-    """detectron2's ``COCOEvaluator``, also for a JSON that lacks what only masks or COCO have.
-
-    Absent ``area`` and ``iscrowd`` are filled in: the box's area, and none. An annotation with the
-    id 0, which pycocotools takes for "no match", gets another one.
-    """
-    evaluator = COCOEvaluator(dataset_name, **options)
-    coco = evaluator._coco_api
-    annotations = coco.dataset["annotations"]
-    for annotation in annotations:
-        annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
-    if 0 in coco.anns:
-        coco.anns[0]["id"] = max(coco.anns) + 1
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco.createIndex()
-    return evaluator
 
 
 def registered_dataset(*, names: str | list[str], filter_empty: bool = False) -> list[dict]:

@@ -1,20 +1,26 @@
 """Training, evaluation, schedules and checkpoints on top of detectron2's engine."""
 
+from .best import BestCheckpoint
 from .checkpoint import Checkpointer
+from .ema import ModelEMA
+from .processes import launch
 from .run import Evaluation, evaluate, resolve_device, setup, train
 from .schedule import EpochSchedule, LRFactors, RunLength, build_lr_multiplier, build_optimizer
 from .trainer import Trainer
 
 __all__ = [
+    "BestCheckpoint",
     "Checkpointer",
     "EpochSchedule",
     "Evaluation",
     "LRFactors",
+    "ModelEMA",
     "RunLength",
     "Trainer",
     "build_lr_multiplier",
     "build_optimizer",
     "evaluate",
+    "launch",
     "resolve_device",
     "setup",
     "train",

@@ -4,6 +4,10 @@
 package implements (converted by ``engine.convert``), or a backbone: detectron2's ``.pkl``,
 torchvision's or timm's ResNet, Swin; also as ``.safetensors`` or ``.npz``. No file can run code
 (``engine.weights``).
+
+Where a run has kept a moving average of its weights, its checkpoints hold both: "model" is what
+training goes on with, "model_ema" what the run evaluated. Whoever loads weights alone, to evaluate,
+predict or fine-tune, gets the average.
 """
 
 import contextlib
@@ -11,6 +15,7 @@ import glob
 import os
 import pickle
 import re
+import shutil
 import zipfile
 from typing import Any
 
@@ -60,13 +65,22 @@ class Checkpointer(DetectionCheckpointer):
         data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()}, **kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
-        with _replacing(path) as partial:
-            torch.save(data, partial)
-        self.tag_last_checkpoint(os.path.basename(path))
+        try:
+            with replacing(path) as partial:
+                torch.save(data, partial)
+        except (OSError, RuntimeError) as error:  # torch's own writer knows no OSError
+            free = shutil.disk_usage(self.save_dir).free / 2**20
+            raise OSError(
+                f"cannot write the checkpoint {path}: {str(error).splitlines()[0]} "
+                f"({free:.0f} MiB are free there). The checkpoints before it are untouched: "
+                "make room, then go on with --resume"
+            ) from error
+        if self.checkpointables:  # a run can go on from it
+            self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with (
-            _replacing(os.path.join(self.save_dir, "last_checkpoint")) as partial,
+            replacing(os.path.join(self.save_dir, "last_checkpoint")) as partial,
             open(partial, "w") as file,
         ):
             file.write(last_filename_basename)
@@ -80,6 +94,9 @@ class Checkpointer(DetectionCheckpointer):
         Raises:
             ValueError: ``resume``, and none of the checkpoints that are there can be read.
         """
+        if self.checkpointables and self.save_to_disk:  # left by a run that was killed
+            for partial in glob.glob(os.path.join(glob.escape(self.save_dir), "*.pth.*.tmp")):
+                os.remove(partial)
         candidates = self._candidates() if resume else []
         if not candidates:
             return self.load(path, checkpointables=[])
@@ -99,10 +116,12 @@ class Checkpointer(DetectionCheckpointer):
             "delete them, or start without --resume"
         )
 
-    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
             raise ValueError(f"train.init_checkpoint: there is no file {os.path.abspath(path)}")
-        return super().load(path, *args, **kwargs)
+        wanted = self.checkpointables if checkpointables is None else checkpointables
+        self._weights_alone = not wanted
+        return super().load(path, checkpointables)
 
     def _candidates(self) -> list[str]:
         """Checkpoints to resume from: the tagged one, then the others from new to old."""
@@ -124,6 +143,11 @@ class Checkpointer(DetectionCheckpointer):
         return read_torch(f)
 
     def _load_model(self, checkpoint: dict[str, Any]):
+        if self._weights_alone and "n_averaged" in checkpoint.get("model_ema", ()):
+            self.logger.info("taking the moving average of the weights")
+            average = checkpoint.pop("model_ema")
+            del average["n_averaged"]  # the other names have the prefix "module."
+            checkpoint["model"] = average
         if not checkpoint.get("matching_heuristics"):  # detectron2's, of names by their ends
             weights = {k.removeprefix("module."): v for k, v in checkpoint["model"].items()}
             weights, origin = self._renamed(weights)
@@ -193,7 +217,7 @@ class Checkpointer(DetectionCheckpointer):
 
 
 @contextlib.contextmanager
-def _replacing(path: str):
+def replacing(path: str):
     """Gives a temporary path that takes ``path``'s place once it is complete and on disk."""
     partial = f"{path}.{os.getpid()}.tmp"
     try:

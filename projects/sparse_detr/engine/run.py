@@ -16,7 +16,9 @@ from ..config import resolve_classes
 from ..data.check import check_data
 from ..data.loader import TrainingBatchSampler, seed_everything
 from ..data.register import check_classes
+from .best import BestCheckpoint
 from .checkpoint import Checkpointer
+from .ema import ModelEMA
 from .schedule import RunLength, build_lr_multiplier, build_optimizer
 from .trainer import Trainer, amp_dtype
 from .writers import build_writers
@@ -105,39 +107,65 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, float
         run.checkpoint_period,
     )
 
-    ddp = {"device_ids": None} if device.type == "cpu" else {}
+    device_ids = None if device.type == "cpu" else [torch.cuda.current_device()]
     trainer = Trainer(
-        model=create_ddp_model(model, **{**cfg.train.ddp, **ddp}),
+        model=create_ddp_model(model, device_ids=device_ids, **cfg.train.ddp),
         data_loader=loader,
         optimizer=build_optimizer(cfg.optimizer, model),
         amp=amp_dtype(cfg.train.amp.enabled, cfg.train.amp.dtype, device),
         max_grad_norm=cfg.train.clip_grad.max_norm if cfg.train.clip_grad.enabled else None,
+        grad_accumulation=cfg.train.grad_accumulation,
         seed=cfg.train.seed if cfg.train.seed >= 0 else None,
     )
     checkpointer = Checkpointer(model, cfg.train.output_dir, fine_tune=True, trainer=trainer)
+    evaluated = model  # not DDP: ranks may hold unlike batch counts
     results: dict[str, dict[str, float]] = {}
 
     def evaluate_now() -> dict[str, dict[str, float]]:
-        results.update(evaluation(model))  # not DDP: ranks may hold unlike batch counts
+        results.update(evaluation(evaluated))
         return results
 
     schedule = build_lr_multiplier(cfg.lr_multiplier, run)
     trainer.register_hooks([hooks.IterationTimer(), hooks.LRScheduler(scheduler=schedule)])
+    if cfg.train.model_ema.enabled:
+        ema = ModelEMA(model, decay=cfg.train.model_ema.decay, warmup=cfg.train.model_ema.warmup)
+        trainer.register_hooks([ema])
+        checkpointer.add_checkpointable("model_ema", ema.average)
+        evaluated = ema.average.module
+    # Before the evaluation: should that fail, the iterations are not lost.
     if comm.is_main_process():
         keep = cfg.train.checkpointer.max_to_keep
         trainer.register_hooks(
             [hooks.PeriodicCheckpointer(checkpointer, run.checkpoint_period, max_to_keep=keep)]
         )
+    patience = cfg.train.early_stop.patience
+    if evaluation is None and patience:
+        raise ValueError(
+            f"train.early_stop.patience={patience} needs a validation set to see progress on: "
+            "pass data.val_json=... and data.val_images=..., or patience=null"
+        )
     if evaluation is not None:
         trainer.register_hooks([hooks.EvalHook(run.eval_period, evaluate_now)])
+    if evaluation is not None and (cfg.train.best_checkpoint.enabled or patience):
+        best = BestCheckpoint(
+            run.eval_period,
+            Checkpointer(evaluated, cfg.train.output_dir),
+            metric=cfg.train.best_checkpoint.metric,
+            mode=cfg.train.best_checkpoint.mode,
+            patience=patience,
+        )
+        trainer.register_hooks([best])
     if comm.is_main_process():
-        writers = build_writers(cfg.train.output_dir, run.max_iter, run.epoch_iters)
+        wandb = OmegaConf.to_container(cfg.train.wandb.params) if cfg.train.wandb.enabled else None
+        writers = build_writers(cfg.train.output_dir, run.max_iter, run.epoch_iters, wandb)
         trainer.register_hooks([hooks.PeriodicWriter(writers, cfg.train.log_period)])
 
     resume = resume and checkpointer.has_checkpoint()
     loaded = checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     start_iter = loaded.get("iteration", -1) + 1 if resume else 0
     trainer.train(start_iter, run.max_iter)
+    if trainer.stopped and trainer.iter >= start_iter:
+        checkpointer.save("model_final", iteration=trainer.iter)
     return results
 
 

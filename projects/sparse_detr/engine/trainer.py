@@ -1,5 +1,6 @@
 """One training step, and what must be true before it changes the weights."""
 
+import contextlib
 import logging
 import math
 import time
@@ -7,9 +8,11 @@ import time
 import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from ..data.loader import TrainingBatchSampler, seed_everything
+from ..modeling.criterion import part_of_batch
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +32,15 @@ def amp_dtype(enabled: bool, dtype: str, device: torch.device) -> torch.dtype | 
     return _AMP_DTYPES[dtype]
 
 
+class StopTraining(BaseException):
+    """Raised by a hook to end a run in good order; the message says why.
+
+    Not an ``Exception``: detectron2 logs those as failures.
+    """
+
+
 class Trainer(SimpleTrainer):
-    """SimpleTrainer with mixed precision, clipping, a finite-loss guard and exact resume.
+    """SimpleTrainer with mixed precision, clipping, accumulation, a finite-loss guard, exact resume.
 
     The state of the random generators is a function of (seed, rank, iteration), so that a resumed
     run needs no saved generator state and evaluation in between changes nothing.
@@ -42,7 +52,12 @@ class Trainer(SimpleTrainer):
         optimizer: torch optimizer.
         amp: dtype of the autocast forward pass; None for full precision. float16 scales the loss.
         max_grad_norm: gradients are clipped to this global L2 norm; None: not at all.
+        grad_accumulation: number of equal parts that a process computes its batch in, one after
+            the other; gradients add up to those of the whole batch, see ``part_of_batch``.
         seed: non-negative; None draws one (the same in all processes), which checkpoints keep.
+
+    Attributes:
+        stopped: a hook has ended the run early.
     """
 
     def __init__(
@@ -53,25 +68,36 @@ class Trainer(SimpleTrainer):
         optimizer: torch.optim.Optimizer,
         amp: torch.dtype | None = None,
         max_grad_norm: float | None = 0.1,
+        grad_accumulation: int = 1,
         seed: int | None = None,
     ) -> None:
         super().__init__(model, data_loader, optimizer)
+        if grad_accumulation < 1:
+            raise ValueError(f"train.grad_accumulation={grad_accumulation} must be at least 1")
         self.device = next(model.parameters()).device
         self.amp = amp
         self.max_grad_norm = max_grad_norm
+        self.grad_accumulation = grad_accumulation
         self.seed = comm.shared_random_seed() if seed is None else seed
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=amp == torch.float16)
+        self.stopped = False
 
     def train(self, start_iter: int, max_iter: int) -> None:
-        """Runs iterations [start_iter, max_iter)."""
+        """Runs iterations [start_iter, max_iter), or fewer if a hook raises ``StopTraining``."""
         sampler = getattr(self.data_loader, "batch_sampler", None)
         if isinstance(sampler, TrainingBatchSampler):
+            self._check_parts(sampler.total_batch_size // comm.get_world_size())
             sampler.seed, sampler.start_iter = self.seed, start_iter
         elif start_iter:
             logger.warning(
                 "the data loader cannot be moved to iteration %d: its order starts anew", start_iter
             )
-        super().train(start_iter, max_iter)
+        try:
+            super().train(start_iter, max_iter)
+        except StopTraining as reason:
+            self.stopped = True
+            logger.info("training stops after %d of %d iterations: %s",
+                        min(self.iter + 1, max_iter), max_iter, reason)  # fmt: skip
 
     def run_step(self) -> None:
         assert self.model.training, "the model was left in eval mode"
@@ -80,61 +106,109 @@ class Trainer(SimpleTrainer):
         data_time = time.perf_counter() - start
 
         seed_everything(self.seed, comm.get_rank(), self.iter)
-        with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
-            losses = self.model(batch)
         self.optimizer.zero_grad()
-        self.grad_scaler.scale(sum(losses.values())).backward()
+        size = self._check_parts(len(batch))
+        parts = [batch[i : i + size] for i in range(0, len(batch), size)]
+        num_objects = sum(len(entry["instances"]) for entry in batch if "instances" in entry)
+        losses = []
+        for index, part in enumerate(parts):
+            with part_of_batch(num_objects, len(parts)), self._sync(index == len(parts) - 1):
+                losses.append(self._forward(part))
+                self.grad_scaler.scale(sum(losses[-1].values()) / len(parts)).backward()
         self.after_backward()
         self.grad_scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         grad_norm = clip_grad_norm_(parameters, self.max_grad_norm or math.inf)
 
-        self._check_and_log(batch, losses, grad_norm, data_time)
+        self._check_and_log(parts, losses, grad_norm, data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
+    def _check_parts(self, batch_size: int) -> int:
+        """Images in each part of a process's batch."""
+        if batch_size % self.grad_accumulation:
+            raise ValueError(
+                f"train.grad_accumulation={self.grad_accumulation} must divide the {batch_size} "
+                "images that a process has per iteration "
+                "(dataloader.train.total_batch_size / number of processes)"
+            )
+        return batch_size // self.grad_accumulation
+
+    def _sync(self, last: bool) -> contextlib.AbstractContextManager:
+        """Processes exchange gradients once per step: in the backward pass of the last part."""
+        if last or not isinstance(self.model, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.model.no_sync()
+
+    def _forward(self, batch: list[dict]) -> dict[str, torch.Tensor]:
+        try:
+            with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
+                return self.model(batch)
+        except FloatingPointError as error:  # the matcher's: it knows no file names
+            raise self._not_finite(self._findings(str(error), [batch])) from error
+
     def _check_and_log(
         self,
-        batch: list[dict],
-        losses: dict[str, torch.Tensor],
+        parts: list[list[dict]],
+        losses: list[dict[str, torch.Tensor]],
         grad_norm: torch.Tensor,
         data_time: float,
     ) -> None:
-        """Stores the losses' mean over processes; raises if anything is not finite."""
-        packed = torch.stack([v.detach().float() for v in (*losses.values(), grad_norm)])
-        *values, grad_norm = packed.tolist()  # the one synchronisation with the device
-        own = dict(zip(losses, values, strict=True))
-        broken = [name for name, value in own.items() if not math.isfinite(value)]
+        """Stores the losses' mean over parts and processes; raises if anything is not finite."""
+        names = list(losses[0])
+        packed = [part[name].detach().float() for part in losses for name in names]
+        # the one synchronisation with the device
+        *values, grad_norm = torch.stack([*packed, grad_norm.float()]).tolist()
+        rows = [values[i : i + len(names)] for i in range(0, len(values), len(names))]
+        own = {name: sum(column) / len(rows) for name, column in zip(names, zip(*rows))}
+        broken = {name: own[name] for name in names if not math.isfinite(own[name])}
         if not broken and not math.isfinite(grad_norm) and not self.grad_scaler.is_enabled():
-            broken = ["grad_norm"]
-        images = [f"{x.get('image_id')} ({x.get('file_name')})" for x in batch] if broken else []
+            broken = {"grad_norm": grad_norm}
+        lines = []
+        if broken:
+            found = ", ".join(f"{name} = {value}" for name, value in broken.items())
+            bad = [part for part, row in zip(parts, rows) if not all(map(math.isfinite, row))]
+            lines = self._findings(found, bad or parts)
 
-        gathered = comm.all_gather((own, data_time, broken, images))
-        if any(broken for _, _, broken, _ in gathered):
-            self._raise_not_finite(gathered, grad_norm)
+        gathered = comm.all_gather((own, data_time, lines))
+        if any(lines for *_, lines in gathered):
+            raise self._not_finite([line for *_, lines in gathered for line in lines])
 
         mean = {name: sum(losses[name] for losses, *_ in gathered) / len(gathered) for name in own}
         self.storage.put_scalars(
             total_loss=sum(mean.values()),
             grad_norm=grad_norm,
-            data_time=max(seconds for _, seconds, *_ in gathered),
+            data_time=max(seconds for _, seconds, _ in gathered),
             **mean,
         )
 
-    def _raise_not_finite(self, gathered: list[tuple], grad_norm: float) -> None:
-        lines = [f"training stopped at iteration {self.iter}, before the weights were changed:"]
-        for rank, (losses, _, broken, images) in enumerate(gathered):
-            if broken:
-                shown = {"grad_norm": grad_norm, **losses}
-                lines.append(
-                    f"process {rank}: {', '.join(f'{name} = {shown[name]}' for name in broken)} "
-                    f"for the images {', '.join(images)}"
-                )
-        lines.append(
-            "Look at these images' boxes and pixels; a lower optimizer.lr, a longer warm-up or "
+    def _findings(self, found: str, parts: list[list[dict]]) -> list[str]:
+        """What was found for which images, and what in them or in the weights is not finite."""
+        entries = [entry for part in parts for entry in part]
+        lines = [f"process {comm.get_rank()}: {found}", f"  images: {', '.join(map(_name, entries))}"]
+        for what, value in (
+            ("pixels", lambda entry: entry["image"]),
+            ("boxes", lambda entry: entry["instances"].gt_boxes.tensor),
+        ):
+            try:
+                bad = [_name(entry) for entry in entries if not value(entry).isfinite().all()]
+            except (KeyError, AttributeError):  # not a detector's batch
+                continue
+            if bad:
+                lines.append(f"  the {what} of {', '.join(bad)} are not finite")
+        weights = [n for n, p in self.model.named_parameters() if not p.isfinite().all()]
+        if weights:
+            shown = ", ".join(weights[:3]) + (", ..." if len(weights) > 3 else "")
+            lines.append(f"  {len(weights)} of the weights are not finite themselves: {shown}")
+        return lines
+
+    def _not_finite(self, lines: list[str]) -> FloatingPointError:
+        return FloatingPointError(
+            f"training stopped at iteration {self.iter}, before the weights were changed:\n"
+            + "\n".join(lines)
+            + "\nLook at these images' boxes and pixels; a lower optimizer.lr, a longer warm-up or "
             "train.amp.enabled=False help when the data are sound."
         )
-        raise FloatingPointError("\n".join(lines))
 
     def state_dict(self) -> dict:
         return {
@@ -148,3 +222,7 @@ class Trainer(SimpleTrainer):
         self.seed = state_dict["seed"]
         if state_dict["grad_scaler"]:  # empty if the earlier run did not scale
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def _name(entry: dict) -> str:
+    return f"{entry.get('image_id')} ({entry.get('file_name')})"

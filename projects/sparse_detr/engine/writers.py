@@ -1,10 +1,12 @@
-"""Where a run's numbers go: the terminal, metrics.json and TensorBoard."""
+"""Where a run's numbers go: the terminal, metrics.json, TensorBoard, Weights & Biases."""
 
 import datetime
 import importlib.util
 import math
 import os
 import re
+from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
 from detectron2.utils.events import (
@@ -66,12 +68,44 @@ class ProgressPrinter(CommonMetricPrinter):
         self.logger.info("  ".join(parts))
 
 
-def build_writers(output_dir: str, max_iter: int, epoch_iters: float) -> list[EventWriter]:
-    """Terminal, ``metrics.json``, and TensorBoard event files if tensorboard is installed."""
+class WandbWriter(EventWriter):
+    """Sends every number to Weights & Biases under its iteration; ``params`` go to wandb.init."""
+
+    def __init__(self, **params) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(
+                "train.wandb.enabled=True needs wandb, which cannot be imported "
+                f"({error}): pip install wandb"
+            ) from error
+        self._run = wandb.init(**params)
+        self._written = -1
+
+    def write(self) -> None:
+        rows: dict[int, dict[str, float]] = defaultdict(dict)
+        for name, (value, iteration) in get_event_storage().latest_with_smoothing_hint(20).items():
+            if iteration > self._written:
+                rows[iteration][name] = value
+        for iteration in sorted(rows):
+            self._run.log(rows[iteration], step=iteration)
+            self._written = iteration
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def build_writers(
+    output_dir: str, max_iter: int, epoch_iters: float, wandb: Mapping | None = None
+) -> list[EventWriter]:
+    """Terminal, ``metrics.json``, TensorBoard event files if tensorboard is installed, and
+    Weights & Biases if there are parameters ``wandb`` for it."""
     writers = [
         ProgressPrinter(max_iter, epoch_iters),
         JSONWriter(os.path.join(output_dir, "metrics.json")),
     ]
     if importlib.util.find_spec("tensorboard"):
         writers.append(TensorboardXWriter(output_dir))
+    if wandb is not None:
+        writers.append(WandbWriter(**{"dir": output_dir, "resume": "allow", **wandb}))
     return writers

@@ -7,7 +7,8 @@ them is how objects are assigned.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +20,24 @@ from torchvision.ops import sigmoid_focal_loss
 from .boxes import cxcywh_to_xyxy, giou
 from .layers import at_least_float32
 from .matcher import HungarianMatcher, Matches, Target
+
+# (objects of this process's whole batch, number of parts) while a part of a batch is computed
+_part: tuple[int, int] | None = None
+
+
+@contextmanager
+def part_of_batch(num_objects: int, num_parts: int) -> Iterator[None]:
+    """Gradient accumulation: losses inside are those of one of ``num_parts`` parts of a batch.
+
+    Set losses are divided by the objects per part of the whole batch, ``num_objects / num_parts``,
+    not by the part's own, so that the *mean* of the parts' losses is the loss of the whole batch.
+    """
+    global _part
+    before, _part = _part, (num_objects, num_parts)
+    try:
+        yield
+    finally:
+        _part = before
 
 
 @dataclass
@@ -80,14 +99,17 @@ class SetCriterion(nn.Module):
                ) -> list[tuple[str, Tensor, float]]:
         """(name, unweighted loss, weight) for every loss of every set."""
         matches = self.match(predictions, targets)
-        count = self._num_boxes(targets, predictions[0].boxes)
+        num_objects = sum(len(t.labels) for t in targets)
+        num_objects, num_parts = _part or (num_objects, 1)
+        count = self._num_boxes(num_objects, predictions[0].boxes)
         out = []
         for prediction, match in zip(predictions, matches):
             labels, boxes = _concatenate(_targets_of(prediction, targets))
             for name, value in self._set_losses(prediction, match, labels, boxes).items():
                 out.append((
                     name + prediction.suffix,
-                    value / ((count * prediction.repeat).clamp(min=1) * prediction.normalizer),
+                    value / ((count * prediction.repeat).clamp(min=1) * prediction.normalizer)
+                    * num_parts,
                     self.weights[name] * prediction.weight,
                 ))
         return out
@@ -119,9 +141,9 @@ class SetCriterion(nn.Module):
         }
 
     @staticmethod
-    def _num_boxes(targets: Sequence[Target], like: Tensor) -> Tensor:
+    def _num_boxes(num_objects: int, like: Tensor) -> Tensor:
         """Objects per process, averaged over all processes."""
-        count = like.new_tensor(float(sum(len(t.labels) for t in targets)))
+        count = like.new_tensor(float(num_objects))
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(count)
             count = count / comm.get_world_size()

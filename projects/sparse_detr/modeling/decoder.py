@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .attention import Samples
 from .encoder import clone_layers
 from .heads import DetectionHeads
-from .layers import FFN, MLP, at_least_float32, box_code, inverse_sigmoid
+from .layers import FFN, MLP, TransformerLayer, at_least_float32, box_code, inverse_sigmoid
 from .proposals import Queries
 from .tokens import Tokens
 
@@ -38,7 +38,7 @@ class DecoderOutput:
     references: list[Tensor] = field(default_factory=list)
 
 
-class DeformableDecoderLayer(nn.Module):
+class DeformableDecoderLayer(TransformerLayer):
     """Self-attention, deformable cross-attention and FFN, each with residual and LayerNorm."""
 
     def __init__(self, *, cross_attention: nn.Module, embed_dim: int = 256, num_heads: int = 8,

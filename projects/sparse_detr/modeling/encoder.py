@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from .layers import FFN
+from .layers import FFN, TransformerLayer
 from .tokens import LevelShapes, Tokens
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Encoder(nn.Module):
         return {}
 
 
-class DeformableEncoderLayer(nn.Module):
+class DeformableEncoderLayer(TransformerLayer):
     """LayerNorm(x + attention), then LayerNorm(x + FFN): post-norm, Deformable DETR, Fig. 4."""
 
     def __init__(self, *, attention: nn.Module, embed_dim: int = 256, ffn_dim: int = 1024,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -81,6 +82,21 @@ class SinePosition(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_feats={self.num_feats}, temperature={self.temperature}, offset={self.offset}"
+
+
+class TransformerLayer(nn.Module):
+    """A layer whose activations can be computed again instead of being kept (Chen et al., 2016).
+
+    With ``activation_checkpointing``, training keeps the layer's inputs only; its backward pass
+    repeats the forward pass, with the same dropout, and gives the same gradients.
+    """
+
+    activation_checkpointing = False
+
+    def __call__(self, *args, **kwargs):
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(super().__call__, *args, use_reentrant=False, **kwargs)
+        return super().__call__(*args, **kwargs)
 
 
 class MLP(nn.Module):

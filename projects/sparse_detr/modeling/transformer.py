@@ -17,7 +17,7 @@ from .criterion import Predictions
 from .decoder import DecoderOutput, DeformableDecoder
 from .encoder import Encoder, EncoderOutput
 from .heads import DetectionHeads
-from .layers import SinePosition
+from .layers import SinePosition, TransformerLayer
 from .matcher import Target
 from .proposals import ProposalHead, Proposals, QueryGroup, QuerySelection
 from .tokens import Tokens, encoder_reference_points, flatten_levels, valid_sizes
@@ -49,12 +49,15 @@ class DetectionTransformer(nn.Module):
         share_proposal_heads: the proposals use the decoder's class and box head (two-stage models
             without per-layer heads).
         denoising: makes denoising queries in training (DINO), or None.
+        activation_checkpointing: encoder and decoder layers keep their inputs only and are
+            computed again in the backward pass: less memory, about a third more time.
     """
 
     def __init__(self, *, encoder: Encoder, decoder: DeformableDecoder, heads: DetectionHeads,
                  query_selection: QuerySelection, proposal_head: ProposalHead | None = None,
                  share_proposal_heads: bool = False, position: SinePosition,
-                 denoising: nn.Module | None = None, embed_dim: int = 256, num_levels: int = 4):
+                 denoising: nn.Module | None = None, activation_checkpointing: bool = False,
+                 embed_dim: int = 256, num_levels: int = 4):
         super().__init__()
         if proposal_head is None:
             for part in (query_selection, encoder):
@@ -80,6 +83,9 @@ class DetectionTransformer(nn.Module):
         if share_proposal_heads:
             proposal_head.class_head = heads.class_heads[0]
             proposal_head.box_head = heads.box_heads[0]
+        for module in self.modules():
+            if isinstance(module, TransformerLayer):
+                module.activation_checkpointing = activation_checkpointing
         self.init_weights()
 
     def init_weights(self) -> None:

@@ -1,0 +1,69 @@
+"""Starting processes: detectron2's launcher, or those that torchrun or SLURM's srun started."""
+
+import argparse
+import os
+import re
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import launch as detectron2_launch
+from detectron2.engine.launch import DEFAULT_TIMEOUT
+from detectron2.utils import comm
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
+    """Calls ``main(args)`` in every process of the job.
+
+    With ``--num-gpus`` or ``--num-machines`` above one, detectron2 starts the processes. Otherwise
+    this process is one of those that torchrun or ``srun`` has started, or the only one.
+    """
+    started = started_process(os.environ)
+    if args.num_gpus > 1 or args.num_machines > 1:
+        if started and "TORCHELASTIC_RUN_ID" in os.environ:
+            raise ValueError(
+                "torchrun has already started the processes: leave out --num-gpus and "
+                "--num-machines, or start train_net.py with python"
+            )
+        started = None
+    if started is None:
+        detectron2_launch(
+            main, args.num_gpus, num_machines=args.num_machines, machine_rank=args.machine_rank,
+            dist_url=args.dist_url, args=(args,),
+        )  # fmt: skip
+        return
+    os.environ.update(started)
+    if torch.cuda.is_available():  # with one visible GPU per task, that one
+        torch.cuda.set_device(int(started["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=DEFAULT_TIMEOUT)
+    try:
+        comm.create_local_process_group(int(started["LOCAL_WORLD_SIZE"]))
+        comm.synchronize()
+        main(args)
+    finally:
+        dist.destroy_process_group()
+
+
+def started_process(environ: Mapping[str, str]) -> dict[str, str] | None:
+    """torchrun's variables, as torchrun set them or as SLURM's job step implies them.
+
+    None if this process was not started as one of several. A batch script that does not use
+    ``srun`` is none of several, whatever it has asked for.
+    """
+    if all(name in environ for name in _TORCHRUN):
+        return {name: environ[name] for name in _TORCHRUN}
+    if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+        return None
+    first_host = re.match(r"(?:[^,\[]|\[[^]]*\])+", environ["SLURM_STEP_NODELIST"])[0]
+    return {
+        "RANK": environ["SLURM_PROCID"],
+        "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": environ["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": re.match(r"\d+", environ["SLURM_STEP_TASKS_PER_NODE"])[0],
+        # "gpu[03-05,7],login1" -> "gpu03"
+        "MASTER_ADDR": environ.get("MASTER_ADDR", re.sub(r"\[(\d+)[^]]*\]", r"\1", first_host)),
+        # the same in all tasks of a job, rarely that of another job
+        "MASTER_PORT": environ.get("MASTER_PORT", str(20000 + int(environ["SLURM_JOB_ID"]) % 20000)),
+    }

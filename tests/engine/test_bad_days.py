@@ -1,0 +1,130 @@
+"""What goes wrong in long runs: a kill in the middle of it, a file that is cut off."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import build_detection_test_loader
+from PIL import Image
+
+from sparse_detr import config, engine
+from sparse_detr.data import DetrDatasetMapper, build_train_loader
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = str(ROOT / "tests" / "engine" / "tiny_shapes.py")
+
+
+def overrides(data, output_dir):
+    """40 iterations, in parts, with a moving average, images read by a worker process."""
+    return [
+        f"data.root={data}", f"train.output_dir={output_dir}", "train.model_ema.enabled=true",
+        "train.grad_accumulation=2", "dataloader.train.num_workers=1", "train.max_iter=40",
+        "train.eval_period=0", "train.checkpointer.period=2", "train.log_period=1",
+    ]  # fmt: skip
+
+
+def rows(folder):
+    """The lines of metrics.json; a line that was being written does not count."""
+    path = folder / "metrics.json"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [row for row in map(json.loads, lines) if "total_loss" in row]
+
+
+def losses(row):
+    return {name: value for name, value in row.items() if "loss" in name or name == "grad_norm"}
+
+
+def same(first, second):
+    """Bitwise equality of nested checkpoint contents."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Losses of every step of runs in this process, by iteration."""
+    recorded = {}
+    run_step = engine.Trainer.run_step
+
+    def recording(self):
+        run_step(self)
+        latest = {name: value for name, (value, _) in self.storage.latest().items()}
+        recorded[self.iter] = losses(latest)
+
+    monkeypatch.setattr(engine.Trainer, "run_step", recording)
+    return recorded
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, steps):
+    """SIGKILL at no particular moment; losses, weights and average stay the same bit by bit."""
+    data, whole, killed = (tmp_path / name for name in ("data", "whole", "killed"))
+    whole.mkdir()
+    engine.train(config.load_config(TINY, overrides(data, whole)))
+    expected = dict(steps)
+    assert expected.keys() == set(range(40))
+
+    command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", TINY]
+    command += overrides(data, killed)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while len(rows(killed)) < 5 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)  # and its worker
+    process.wait()
+    before = rows(killed)
+    assert 5 <= len(before) < 40, "too early or too late to mean anything"
+    assert [losses(row) for row in before] == [losses(row) for row in rows(whole)[: len(before)]]
+
+    steps.clear()
+    engine.train(config.load_config(TINY, overrides(data, killed)), resume=True)
+    assert 0 < min(steps) <= len(before) and max(steps) == 39
+    assert steps == {iteration: expected[iteration] for iteration in steps}
+    first, second = (torch.load(f / "model_final.pth", weights_only=True) for f in (whole, killed))
+    for part in ("model", "model_ema", "trainer"):
+        assert same(first[part], second[part]), part
+
+
+@pytest.fixture
+def truncated(tmp_path):
+    """One sound JPEG, and one whose second half is missing."""
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    records = []
+    for index in range(2):
+        path = tmp_path / f"{index}.jpg"
+        Image.fromarray(pixels).save(path)
+        records.append({
+            "file_name": str(path), "image_id": index, "height": 60, "width": 80, "annotations": [],
+        })  # fmt: skip
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return records
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_truncated_image_is_named(truncated, num_workers):
+    mapper = DetrDatasetMapper(is_train=False, augmentations=[])
+    loader = iter(build_detection_test_loader(truncated, mapper=mapper, num_workers=num_workers))
+    next(loader)
+    with pytest.raises(OSError, match=r"cannot read image 1 \(.*1.jpg\): .*truncated"):
+        next(loader)
+    mapper = DetrDatasetMapper(is_train=True, augmentations=[])
+    loader = build_train_loader(
+        dataset=truncated, mapper=mapper, total_batch_size=2, num_workers=num_workers
+    )
+    with pytest.raises(RuntimeError, match=r"cannot read training image 1 \(.*1.jpg\): .*truncated"):
+        next(iter(loader))
