@@ -1,6 +1,7 @@
 """Deformable attention operators: plain PyTorch, C++ for the CPU, CUDA. See README.md."""
 
 from .build import Status, status
+from .flops import fvcore_handles
 from .functional import (
     attention_map_splat,
     key_aware_deform_attn,
@@ -11,6 +12,7 @@ from .functional import (
 __all__ = [
     "Status",
     "attention_map_splat",
+    "fvcore_handles",
     "key_aware_deform_attn",
     "ms_deform_attn",
     "ms_deform_attn_fused",

@@ -19,7 +19,7 @@ from fvcore.nn.jit_handles import get_shape
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from .kernels.flops import fvcore_handles
+from .kernels import fvcore_handles
 
 COUNTED = (
     "Counted, one per multiply-add: convolutions, linear layers, matrix products (also inside "
