@@ -7,6 +7,7 @@ is counted as its published formulation: keys and values are sampled each for it
 values are the keys, plus one product per sample and channel for the score, one for the sum.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from math import prod
 
@@ -38,11 +39,14 @@ def fvcore_handles() -> dict[str, Callable]:
     def shape(value) -> tuple[int, ...]:  # of a torch._C.Value
         return tuple(value.type().sizes())
 
-    def attention(inputs, outputs) -> int:  # value, shapes, locations or reference, weights or ...
-        return sampling_macs(shape(inputs[0]), shape(inputs[3]))
+    # Under the name that fvcore has for samples, so that plain PyTorch counts the same.
+    def attention(inputs, outputs) -> Counter:  # value, shapes, locations | reference, offsets, ...
+        return Counter(grid_sampler=sampling_macs(shape(inputs[0]), shape(inputs[3])))
 
-    def key_aware(inputs, outputs) -> int:  # query, key, value, shapes, locations
-        return key_aware_macs(shape(inputs[2]), shape(inputs[4]))
+    def key_aware(inputs, outputs) -> Counter:  # query, key, value, shapes, locations
+        sizes = shape(inputs[2]), shape(inputs[4])
+        sampling = 2 * sampling_macs(*sizes)
+        return Counter(grid_sampler=sampling, matmul=key_aware_macs(*sizes) - sampling)
 
     return {
         "sparse_detr::ms_deform_attn": attention,
