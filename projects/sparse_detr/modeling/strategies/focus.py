@@ -159,7 +159,9 @@ class FocusEncoder(Encoder):
         memory = tokens.features
         counts, objects = [], []
         for layer, ratio in zip(self.layers, self.layer_ratios):
-            count = max(1, int(torch.tensor(float(kept)) * ratio))  # float32, as published
+            count = torch.tensor(kept).float().mul(ratio).long().clamp(min=1).item()
+            torch._check(count >= 1)
+            torch._check(count <= kept)
             old, mine = x[:, :count], own[:, :count]
             if masked:
                 mine = mine & (rank[:count] < (budgets * ratio).long().clamp(min=1)[:, None])
@@ -192,7 +194,7 @@ class FocusEncoder(Encoder):
         score = category * foreground
         if eligible is not None:
             score = score.masked_fill(~eligible, float("-inf"))
-        return score.topk(min(self.num_objects, score.shape[1]), dim=1).indices
+        return score.topk(torch.sym_min(self.num_objects, score.shape[1]), dim=1).indices
 
     def losses(self, encoded: EncoderOutput, decoded: DecoderOutput, tokens: Tokens,
                targets: list[Target]) -> dict[str, Tensor]:
