@@ -26,7 +26,12 @@ _UNREADABLE = (EOFError, OSError, RuntimeError, pickle.UnpicklingError, zipfile.
 
 
 class Checkpointer(DetectionCheckpointer):
-    """detectron2's checkpointer with atomic writes, fall-back on resume, and more file types."""
+    """detectron2's checkpointer with atomic writes, fall-back on resume, and more file types.
+
+    ``class_names``, once set, is stored in every file, for ``Predictor``.
+    """
+
+    class_names: list[str] | None = None
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Writes ``<save_dir>/<name>.pth``, then names it in ``last_checkpoint``."""
@@ -34,6 +39,8 @@ class Checkpointer(DetectionCheckpointer):
             return
         data = {"model": self.model.state_dict()}
         data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()}, **kwargs)
+        if self.class_names is not None:
+            data["class_names"] = list(self.class_names)
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
         with _replacing(path) as partial:
