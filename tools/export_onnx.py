@@ -2,7 +2,7 @@
 """Write a trained detector as an ONNX file, and compare it with PyTorch in onnxruntime.
 
     python tools/export_onnx.py --run output/my_run --output model.onnx
-    python tools/export_onnx.py --config-file dino/dino_r50_4scale_12ep --weights model.pth --output model.onnx
+    python tools/export_onnx.py --config-file dino/dino_r50_4scale_12ep --weights model.pth
     python tools/export_onnx.py --run output/my_run --output model.onnx --fixed --size 800x1344
 
 The file takes images of any height and width, unless --fixed. Its metadata hold the channel order,
