@@ -41,6 +41,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", default="model.onnx", metavar="FILE")
     parser.add_argument("--size", type=size, default=(480, 640), metavar="HxW",
                         help="of the traced image (default: 480x640)")
+    parser.add_argument("--keep-ratio", type=float, metavar="RATIO",
+                        help="share of tokens the encoder refreshes, instead of the config's")
     parser.add_argument("--fixed", action="store_true", help="accept only images of --size")
     parser.add_argument("--no-check", action="store_true", help="do not run onnxruntime")
     parser.add_argument("--tolerance", type=float, default=1e-2, help="(default: 0.01)")
@@ -52,15 +54,20 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     if args.config_file and not args.weights:
         print("warning: no --weights: the weights are random", file=sys.stderr)
-    predict = Predictor(args.run or args.config_file, args.weights, overrides=args.opts,
-                        device="cpu")
-    metadata = {"classes": predict.class_names, **predict.resizing}
-    export_onnx(predict.model, args.output, args.size, dynamic=not args.fixed, metadata=metadata)
+    try:
+        predict = Predictor(args.run or args.config_file, args.weights, overrides=args.opts,
+                            device="cpu", keep_ratio=args.keep_ratio)
+        metadata = {"classes": predict.class_names, **predict.resizing}
+        export_onnx(predict.model, args.output, args.size, dynamic=not args.fixed,
+                    metadata=metadata)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(f"{args.output}: {os.path.getsize(args.output) / 1e6:.1f} MB")
     if args.no_check:
         return 0
     height, width = args.size
-    sizes = [args.size] if args.fixed else [args.size, (width, height // 2 * 2 - 32)]
+    sizes = [args.size] if args.fixed else [args.size, (width, height + 32)]
     errors = compare_onnx(predict.model, args.output, sizes)
     for (height, width), (score, box) in errors.items():
         print(f"{height}x{width}: largest difference to PyTorch: score {score:.1e}, box {box:.1e} px")
