@@ -122,6 +122,13 @@ def encoder_reference_points(shapes: LevelShapes, valid_ratios: Tensor) -> Tenso
     return torch.cat(points, dim=1)[:, :, None] * valid_ratios[:, None]  # (B, N, L, 2)
 
 
+def promise_count(count: int, limit: int) -> None:
+    """Tells export tracers that ``1 <= count <= limit``, where ``count`` came out of a tensor."""
+    if not torch.jit.is_tracing():  # there, sizes are tensors, and nothing needs the promise
+        torch._check(count >= 1)
+        torch._check(count <= limit)
+
+
 def token_budgets(tokens: Tokens, keep_ratio: float) -> tuple[Tensor, int]:
     """How many tokens each image keeps: ``int(keep_ratio * valid) + 1`` of its ``valid`` ones.
 
@@ -134,8 +141,7 @@ def token_budgets(tokens: Tokens, keep_ratio: float) -> tuple[Tensor, int]:
     valid = torch.tensor(tokens.valid_counts)
     budgets = torch.minimum((valid.float() * keep_ratio).long() + 1, valid)
     kept = budgets.max().item()
-    for holds in (kept >= 1, kept <= tokens.mask.shape[1]):  # known here, new to export tracers
-        torch._check(holds)
+    promise_count(kept, tokens.mask.shape[1])
     return budgets.to(tokens.mask.device, non_blocking=True), kept
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..encoder import DeformableEncoderLayer, Encoder, EncoderOutput, clone_layers
 from ..layers import at_least_float32
 from ..proposals import proposal_logits
-from ..tokens import LevelShapes, Tokens, gather_tokens, scatter_tokens, token_budgets
+from ..tokens import LevelShapes, Tokens, gather_tokens, promise_count, scatter_tokens, token_budgets
 from .foreground import (
     DISTANCES,
     ForegroundScorer,
@@ -160,13 +160,13 @@ class FocusEncoder(Encoder):
         counts, objects = [], []
         for layer, ratio in zip(self.layers, self.layer_ratios):
             count = torch.tensor(kept).float().mul(ratio).long().clamp(min=1).item()
-            torch._check(count >= 1)
-            torch._check(count <= kept)
+            promise_count(count, kept)
             old, mine = x[:, :count], own[:, :count]
             if masked:
                 mine = mine & (rank[:count] < (budgets * ratio).long().clamp(min=1)[:, None])
             eligible = mine if masked else None
-            rows = self._objects(proposal_head, old, foreground[:, :count], eligible)  # (B, O)
+            number = torch.sym_min(self.num_objects, count)
+            rows = self._objects(proposal_head, old, foreground[:, :count], eligible, number)
             new = layer(
                 old, position[:, :count], reference[:, :count], memory, tokens.shapes,
                 tokens.value_mask, rows, ~mine.gather(1, rows) if masked else None,
@@ -186,15 +186,15 @@ class FocusEncoder(Encoder):
 
     @torch.no_grad()
     def _objects(self, proposal_head: ProposalHead, x: Tensor, foreground: Tensor,
-                 eligible: Tensor | None) -> Tensor:
-        """(B, O) rows of ``x`` (B, K, C) with the best class and foreground scores, best first."""
+                 eligible: Tensor | None, number: int) -> Tensor:
+        """(B, number) rows of ``x`` (B, K, C) with the best class and foreground scores, best first."""
         category = at_least_float32(proposal_head.score(proposal_head.class_head(x)))  # (B, K)
         if self.probabilities:
             category, foreground = category.sigmoid(), foreground.sigmoid()
         score = category * foreground
         if eligible is not None:
             score = score.masked_fill(~eligible, float("-inf"))
-        return score.topk(torch.sym_min(self.num_objects, score.shape[1]), dim=1).indices
+        return score.topk(number, dim=1).indices
 
     def losses(self, encoded: EncoderOutput, decoded: DecoderOutput, tokens: Tokens,
                targets: list[Target]) -> dict[str, Tensor]:
