@@ -41,9 +41,10 @@ def sampling_locations(
     offsets = offsets.to(dtype)
     reference = reference.to(dtype)[:, :, None, :, None, :]  # (B, Q, 1, L, 1, 2 or 4)
     if reference.shape[-1] == 2:
+        # A flat list: the export tracer keeps symbolic sizes in it, but not in nested ones.
         size = torch.tensor(
-            [[w, h] for h, w in shapes], dtype=dtype, device=reference.device
-        )  # (L, 2)
+            [s for h, w in shapes for s in (w, h)], dtype=dtype, device=reference.device
+        ).view(-1, 2)  # (L, 2)
         return reference + offsets / size[None, None, None, :, None, :]
     points = offsets.shape[4]
     return reference[..., :2] + offsets / points * reference[..., 2:] * 0.5

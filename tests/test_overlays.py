@@ -46,8 +46,17 @@ def test_every_pixel_shows_the_cell_it_lies_in():
 
 def test_kept_cells_keep_their_colours():
     image = np.full((4, 6, 3), 200, np.uint8)
-    picture = overlays.draw_kept(image, np.array([[True, False]]))
+    picture = overlays.draw_kept(image, [np.array([[True, False]])])
     assert (picture[:, :3] == 200).all() and (picture[:, 3:] == 60).all()
+
+
+def test_pixels_are_the_brighter_the_more_levels_keep_them():
+    image = np.full((40, 60, 3), 200, np.uint8)
+    fine, coarse = np.zeros((4, 6), bool), np.zeros((2, 3), bool)
+    fine[0, :2], coarse[0, 0] = True, True
+    picture = overlays.draw_kept(image, [fine, coarse])
+    assert picture[5, 5, 0] == picture[5, 15, 0] == 200  # both lie in the same coarse cell
+    assert picture[15, 15, 0] == 130 and picture[35, 55, 0] == 60
 
 
 @pytest.mark.parametrize(("config", "rows"), [

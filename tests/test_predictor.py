@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyConfig
+from detectron2.data.transforms import ResizeShortestEdge
 
 import sparse_detr
+from sparse_detr.engine import Checkpointer
+from sparse_detr.overlays import recorded_output
 
 from .modeling.tiny import shrink
 
@@ -15,12 +18,12 @@ def run_folder(tmp_path_factory):
     """The output of a (very short) run: config.yaml and a checkpoint."""
     folder = tmp_path_factory.mktemp("run")
     cfg = sparse_detr.get_config("deformable_detr/deformable_detr_r50_efficient_50ep")
-    shrink(cfg.model)
-    cfg.dataloader.test.mapper.augmentations.short_edge = 96
+    shrunk(cfg)
     LazyConfig.save(cfg, str(folder / "config.yaml"))
     model = sparse_detr.build_model(cfg, device="cpu")
-    torch.save({"model": model.state_dict()}, folder / "model_final.pth")
-    (folder / "last_checkpoint").write_text("model_final.pth")
+    checkpointer = Checkpointer(model, str(folder))
+    checkpointer.class_names = ["cat", "dog", "cow"]
+    checkpointer.save("model_final")
     return folder
 
 
@@ -50,13 +53,87 @@ def test_threshold_drops_low_scores(run_folder):
     torch.testing.assert_close(kept, scores[scores >= threshold])
 
 
-def test_wrong_input_is_named(run_folder, tmp_path):
+def test_answers_as_detectron2_would(run_folder):
+    """The same resizing and channel order as ``DefaultPredictor``, the same kind of result."""
     predict = sparse_detr.Predictor(str(run_folder), device="cpu")
-    with pytest.raises(ValueError, match=r"\(H, W, 3\).*\(5, 5\)"):
-        predict(np.zeros((5, 5), dtype=np.uint8))
+    image = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
+    found = predict(image)["instances"]
+    rgb = np.ascontiguousarray(image[:, :, ::-1])
+    rgb = ResizeShortestEdge(96, 1333).get_transform(rgb).apply_image(rgb)
+    entry = {"image": torch.as_tensor(rgb.transpose(2, 0, 1).copy()), "height": 60, "width": 90}
+    with torch.no_grad():
+        expected = predict.model([entry])[0]["instances"]
+    assert set(found.get_fields()) == {"pred_boxes", "scores", "pred_classes"}
+    for field in ("scores", "pred_classes"):
+        assert (found.get(field) == expected.get(field)).all()
+    assert (found.scores.diff() <= 0).all()
+    assert predict([]) == []
+
+
+def test_class_names_come_with_the_checkpoint_or_the_data_set(run_folder):
+    predict = sparse_detr.Predictor(str(run_folder), device="cpu")
+    assert predict.class_names == predict.metadata.thing_classes == ["cat", "dog", "cow"]
+    assert predict.resizing == {"short_edge": 96, "max_size": 1333}
+    cfg = predict.cfg
+    assert sparse_detr.Predictor(cfg, device="cpu").class_names == ["0", "1", "2"]
+    cfg = sparse_detr.get_config("deformable_detr/deformable_detr_r50_50ep")
+    coco = sparse_detr.Predictor(shrunk(cfg, num_classes=80), device="cpu")
+    assert coco.class_names[:2] == ["person", "bicycle"] and len(coco.metadata.thing_colors) == 80
+
+
+def shrunk(cfg, **kwargs):
+    shrink(cfg.model, **kwargs)
+    cfg.dataloader.test.mapper.augmentations.short_edge = 96
+    return cfg
+
+
+@pytest.mark.parametrize("config", [
+    "sparse_detr/sparse_detr_r50_30_50ep", "focus_detr/focus_detr_r50_4scale_12ep",
+])
+def test_the_keep_ratio_is_a_run_time_choice(config):
+    cfg, image = shrunk(sparse_detr.get_config(config)), np.zeros((64, 80, 3), np.uint8)
+    predict = sparse_detr.Predictor(cfg, device="cpu", keep_ratio=0.2)
+    assert predict.keep_ratio == 0.2
+    kept = []
+    for ratio in (0.2, 0.6):
+        predict.keep_ratio = ratio
+        with recorded_output(predict.model) as outputs:
+            predict(image)
+        kept.append(outputs[0].encoded.selected.shape[1] / outputs[0].tokens.mask.shape[1])
+    assert kept == pytest.approx([0.2, 0.6], abs=0.01)
+    with pytest.raises(ValueError, match=r"keep_ratio=1.5 must lie in \(0, 1\]"):
+        predict.keep_ratio = 1.5
+
+
+def test_mixed_precision(run_folder):
+    image = np.random.default_rng(0).integers(0, 255, (64, 80, 3), dtype=np.uint8)
+    predict = sparse_detr.Predictor(str(run_folder), device="cpu", dtype=torch.bfloat16)
+    scores = predict(image)["instances"].scores
+    exact = sparse_detr.Predictor(str(run_folder), device="cpu")(image)["instances"].scores
+    assert scores.dtype == torch.float32 and not torch.equal(scores, exact)
+    torch.testing.assert_close(scores, exact, rtol=0.1, atol=0.01)
+
+
+@pytest.mark.parametrize(("image", "message"), [
+    (np.zeros((5, 5), np.uint8), r"\(H, W, 3\).*\(5, 5\)"),
+    (np.zeros((5, 5, 3), np.float32), "uint8.*float32"),
+    (None, "NoneType; cv2.imread returns None"),
+    ("image.jpg", "numpy array, got str"),
+    (torch.zeros(3, 5, 5), "numpy array, got Tensor"),
+])
+def test_wrong_input_is_named(run_folder, image, message):
+    with pytest.raises(ValueError, match=message):
+        sparse_detr.Predictor(str(run_folder), device="cpu")(image)
+
+
+def test_what_cannot_be_a_predictor_is_named(run_folder, tmp_path):
+    with pytest.raises(ValueError, match="holds no config.yaml"):
+        sparse_detr.Predictor(str(tmp_path))
     (tmp_path / "config.yaml").write_text((run_folder / "config.yaml").read_text())
     with pytest.raises(ValueError, match="holds no checkpoint"):
         sparse_detr.Predictor(str(tmp_path))
+    with pytest.raises(ValueError, match="DenseEncoder, has no keep ratio"):
+        sparse_detr.Predictor(str(run_folder), device="cpu", keep_ratio=0.5)
 
 
 def test_unknown_public_name():

@@ -1,16 +1,11 @@
-"""Pictures of ground truth, detections and kept tokens."""
+"""Pictures of ground truth and detections."""
 
 import numpy as np
 import torch
 from detectron2.data import Metadata
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from sparse_detr.visualize import (
-    draw_detections,
-    draw_ground_truth,
-    draw_kept_tokens,
-    side_by_side,
-)
+from sparse_detr.visualize import draw_detections, draw_ground_truth, side_by_side
 
 IMAGE = np.full((40, 60, 3), 200, np.uint8)
 METADATA = Metadata(thing_classes=["cat", "dog"])
@@ -45,16 +40,6 @@ def test_ground_truth_is_drawn_where_it_is():
     assert picture.shape == (80, 120, 3)
     x0, y0, x1, y1 = changed(picture)
     assert abs(x0 - 20) <= 4 and abs(y0 - 24) <= 4 and x1 >= 56 and y1 >= 52
-
-
-def test_pixels_are_the_brighter_the_more_levels_keep_them():
-    """Levels of 4 x 6 and 2 x 3 cells; the upper left cell is kept in both."""
-    selected = torch.tensor([0, 1, 24])
-    picture = draw_kept_tokens(IMAGE, selected, [(4, 6), (2, 3)])
-    both, coarse, none = picture[5, 5, 0], picture[15, 15, 0], picture[35, 55, 0]
-    assert both == 200 and none == 30 and none < coarse < both
-    assert picture[5, 15, 0] == both  # token 1 of the fine level lies in the same coarse cell
-    assert picture[5, 25, 0] == none
 
 
 def test_pictures_of_unlike_heights_stand_side_by_side():

@@ -23,7 +23,7 @@ from PIL import Image  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
 import train_net  # noqa: E402  (makes `sparse_detr` importable)
-from sparse_detr import config, engine, visualize  # noqa: E402
+from sparse_detr import config, engine, overlays  # noqa: E402
 
 PICTURES = 8
 
@@ -41,7 +41,7 @@ def draw(output_dir: str) -> list[str]:
     os.makedirs(folder, exist_ok=True)
     paths = []
     for record in dataset[:: max(1, len(dataset) // PICTURES)][:PICTURES]:
-        picture = visualize.draw_example(model, record, mapper, metadata, threshold=0.4, scale=3)
+        picture = overlays.draw_example(model, record, mapper, metadata, threshold=0.4, scale=3)
         paths.append(os.path.join(folder, Path(record["file_name"]).stem + ".png"))
         Image.fromarray(picture).save(paths[-1])
     return paths

@@ -3,8 +3,7 @@
 
     python tools/visualize_tokens.py --config-file sparse_detr/sparse_detr_r50_10_50ep \\
         --weights model.pth --input image.jpg [more.jpg ...] --output pictures
-    python tools/visualize_tokens.py --config-file ... --input image.jpg \\
-        model.transformer.encoder.keep_ratio=0.3
+    python tools/visualize_tokens.py --config-file ... --input image.jpg --keep-ratio 0.1
 
 Writes one PNG per image: detections, then a column per feature level with the kept tokens, the
 score map and the decoder attention map. `--config-file` takes a file, the name of a shipped config,
@@ -41,14 +40,17 @@ def main() -> None:
     parser.add_argument("--output", default="output/tokens", metavar="DIR")
     parser.add_argument("--width", type=int, default=480, help="of each picture (default: 480)")
     parser.add_argument("--threshold", type=float, default=0.4, help="score of drawn detections")
-    parser.add_argument("opts", nargs="*", help="config overrides, path.key=value")
+    parser.add_argument("--keep-ratio", type=float, metavar="RATIO",
+                        help="share of tokens the encoder refreshes, instead of the config's")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY=VALUE",
+                        help="config overrides, path.key=value")
     args = parser.parse_args()
 
     if not args.weights and not os.path.isdir(args.config_file):
         print("warning: no --weights: the weights are random, the pictures show no learned choice",
               file=sys.stderr)
     predict = Predictor(args.config_file, args.weights, overrides=args.opts,
-                        threshold=args.threshold)
+                        threshold=args.threshold, keep_ratio=args.keep_ratio)
     os.makedirs(args.output, exist_ok=True)
     for path in args.input:
         image = Image.fromarray(read_image(path, "RGB"))

@@ -1,6 +1,6 @@
-"""Pictures of an encoder's choice, level by level: kept tokens, scores, the decoder's attention.
+"""Pictures of an encoder's choice: kept tokens, scores, the decoder's attention.
 
-All pictures are of one image that was alone in its batch, so that the levels cover it exactly.
+All are of one image that was alone in its batch, so that the levels cover it exactly.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from detectron2.data import Metadata
+from detectron2.data.detection_utils import read_image
 from matplotlib import colormaps
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from .kernels import attention_map_splat
 from .modeling import TransformerOutput
-from .visualize import side_by_side
+from .visualize import draw_detections, draw_ground_truth, side_by_side
 
 TITLE_HEIGHT = 18  # pixels
 
@@ -53,6 +55,12 @@ def attention_map(output: TransformerOutput) -> Tensor:
     )
 
 
+def kept_levels(output: TransformerOutput) -> list[np.ndarray]:
+    """Per level (H_l, W_l) bool, True where the encoder refreshed the batch's first image."""
+    kept = torch.zeros_like(output.tokens.mask[0])
+    return _levels(kept.index_fill_(0, output.encoded.selected[0], True), output.tokens.shapes)
+
+
 def enlarge(level: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(H_l, W_l) cells -> (height, width) pixels: every pixel shows the cell it lies in."""
     rows, columns = (
@@ -62,15 +70,15 @@ def enlarge(level: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return level[rows[:, None], columns[None]]
 
 
-def draw_kept(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """The image, dark and grey where a level's token is not kept.
+def draw_kept(image: np.ndarray, kept: Sequence[np.ndarray]) -> np.ndarray:
+    """The image, the darker and greyer the fewer of the given levels keep a token there.
 
     Args:
-        image: (H, W, 3) uint8; kept: (H_l, W_l) bool.
+        image: (H, W, 3) uint8; kept: per level (H_l, W_l) bool, one level or several.
     """
-    shown = enlarge(kept, image.shape[:2])[..., None]
+    share = np.mean([enlarge(level, image.shape[:2]) for level in kept], axis=0)[..., None]
     grey = image.mean(-1, keepdims=True) * 0.3
-    return np.where(shown, image, grey).astype(np.uint8)
+    return (share * image + (1 - share) * grey).astype(np.uint8)
 
 
 def draw_heat(image: np.ndarray, level: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -104,12 +112,11 @@ def draw_tokens(image: np.ndarray, output: TransformerOutput, *,
         raise ValueError("draw_tokens shows one image without padding: run the images one by one")
     rows = []
     if encoded.selected is not None:
-        kept = torch.zeros_like(output.tokens.mask[0]).index_fill_(0, encoded.selected[0], True)
-        levels = _levels(kept, shapes)
-        share = float(kept.float().mean())
+        levels = kept_levels(output)
+        share = sum(int(level.sum()) for level in levels) / output.tokens.mask.shape[1]
         rows.append([
             (f"level {i}: {int(level.sum())} of {level.size} kept"
-             + (f" (all levels: {share:.0%})" if i == 0 else ""), draw_kept(image, level))
+             + (f" (all levels: {share:.0%})" if i == 0 else ""), draw_kept(image, [level]))
             for i, level in enumerate(levels)
         ])
     if encoded.scores is not None:
@@ -125,6 +132,41 @@ def draw_tokens(image: np.ndarray, output: TransformerOutput, *,
         blank = ("", np.full_like(detected, 255))
         rows = [[blank if i else ("detections", detected), *row] for i, row in enumerate(rows)]
     return np.concatenate([side_by_side([_titled(*entry) for entry in row]) for row in rows])
+
+
+@torch.no_grad()
+def draw_example(
+    model: nn.Module,
+    record: dict,
+    mapper,
+    metadata: Metadata,
+    *,
+    threshold: float = 0.5,
+    scale: float = 1.0,
+) -> np.ndarray:
+    """One picture of an image: ground truth | detections | kept tokens, if the encoder chooses.
+
+    Args:
+        model: a ``SetDetector`` in eval mode.
+        record: detectron2 dataset dict.
+        mapper: the data set's inference mapper.
+
+    Returns:
+        (scale * H, about 2 or 3 times scale * W, 3) uint8 RGB.
+    """
+    image = read_image(record["file_name"], "RGB")
+    entry = mapper(record)
+    with recorded_output(model) as outputs:
+        instances = model([entry])[0]["instances"]
+    pictures = [
+        draw_ground_truth(image, record, metadata, scale=scale),
+        draw_detections(image, instances, metadata, threshold=threshold, scale=scale),
+    ]
+    if outputs[0].encoded.selected is not None:
+        size = pictures[0].shape[1::-1]
+        enlarged = np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR))
+        pictures.append(draw_kept(enlarged, kept_levels(outputs[0])))
+    return side_by_side(pictures)
 
 
 def _levels(values: Tensor, shapes: Sequence[tuple[int, int]]) -> list[np.ndarray]:

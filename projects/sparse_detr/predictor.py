@@ -1,4 +1,4 @@
-"""One image in, detections out: detectron2's ``DefaultPredictor`` for LazyConfigs."""
+"""Images in, detections out: detectron2's ``DefaultPredictor`` for LazyConfigs."""
 
 from __future__ import annotations
 
@@ -27,14 +27,8 @@ def build_model(config: str | DictConfig, weights: str = "", overrides: Iterable
         overrides: ``a.b=c``, as on the command line.
         device: "cuda", "cpu", or "auto" for the GPU if there is one.
     """
-    cfg = load_config(config, overrides) if isinstance(config, str) else config
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    resolve_classes(cfg)
-    model = instantiate(cfg.model).to(device).eval()
-    if weights:
-        Checkpointer(model).load(weights, checkpointables=[])
-    return model
+    return _build(load_config(config, overrides) if isinstance(config, str) else config,
+                  weights, device)[0]
 
 
 class Predictor:
@@ -45,8 +39,19 @@ class Predictor:
             ``build_model`` takes.
         weights, overrides, device: see ``build_model``.
         threshold: drop detections whose score is lower.
+        keep_ratio: share of the tokens that the encoder refreshes, in (0, 1], instead of the
+            config's; for models whose encoder has one. Also an attribute that can be set.
+        dtype: torch.bfloat16 or torch.float16 run in mixed precision.
 
-    ``metadata`` has the names of the classes, ``thing_classes``, where config or data tell them.
+    Attributes:
+        cfg, model: the config and the detector.
+        class_names: of the classes that ``pred_classes`` counts; from the checkpoint or, if it has
+            none, from the config or the config's test set if detectron2 knows it, else numbers.
+        metadata: detectron2 ``Metadata`` with these names, for its ``Visualizer``.
+        resizing: ``short_edge`` and ``max_size`` of the config's test set, in pixels.
+
+    Raises:
+        ValueError: there is no such config or checkpoint, or the model has no keep ratio.
 
     Example::
 
@@ -55,35 +60,79 @@ class Predictor:
     """
 
     def __init__(self, config: str | DictConfig, weights: str = "", *,
-                 overrides: Iterable[str] = (), device: str = "auto", threshold: float = 0.0):
+                 overrides: Iterable[str] = (), device: str = "auto", threshold: float = 0.0,
+                 keep_ratio: float | None = None, dtype: torch.dtype = torch.float32):
         if isinstance(config, str) and os.path.isdir(config):
-            weights = weights or _last_checkpoint(config)
-            config = os.path.join(config, "config.yaml")
+            folder, config = config, _run_config(config)
+            weights = weights or _last_checkpoint(folder)
         self.cfg = load_config(config, overrides) if isinstance(config, str) else config
-        self.model = build_model(self.cfg, weights, device=device)
-        self.augmentations = T.AugmentationList(
-            instantiate(self.cfg.dataloader.test.mapper.augmentations)
-        )
-        self.metadata = _metadata(self.cfg)
+        self.model, checkpoint = _build(self.cfg, weights, device)
+        augmentations = self.cfg.dataloader.test.mapper.augmentations
+        self.augmentations = T.AugmentationList(instantiate(augmentations))
+        self.resizing = {k: augmentations[k] for k in ("short_edge", "max_size")
+                         if isinstance(augmentations, DictConfig) and k in augmentations}
         self.threshold = threshold
+        self.dtype = dtype
+        if keep_ratio is not None:
+            self.keep_ratio = keep_ratio
+        self.metadata = _metadata(self.cfg, self.model.num_classes, checkpoint.get("class_names"))
+        self.class_names = list(self.metadata.thing_classes)
+
+    @property
+    def keep_ratio(self) -> float | None:
+        """Share of the tokens that the encoder refreshes; None if it has no such number."""
+        return getattr(self.model.transformer.encoder, "keep_ratio", None)
+
+    @keep_ratio.setter
+    def keep_ratio(self, value: float) -> None:
+        encoder = self.model.transformer.encoder
+        if not hasattr(encoder, "keep_ratio"):
+            raise ValueError(
+                f"keep_ratio={value}: the encoder of this model, {type(encoder).__name__}, has no "
+                "keep ratio; Sparse DETR's and Focus-DETR's have one"
+            )
+        if not 0 < value <= 1:
+            raise ValueError(f"keep_ratio={value} must lie in (0, 1]")
+        encoder.keep_ratio = value
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray | Sequence[np.ndarray]) -> dict | list[dict]:
-        """(H, W, 3) uint8 in BGR order, or a list of such images.
+        """(H, W, 3) uint8 in BGR order, or a list of such images, which then run as one batch.
+
+        Images of unlike sizes are padded to one; models with ``mask_padding=False`` (the published
+        ones) may then answer a little differently than for each image alone.
 
         Returns:
-            ``{"instances": Instances}`` with boxes in pixels of the image, or a list of these.
+            ``{"instances": Instances}`` with ``pred_boxes`` in pixels of the image, ``scores`` in
+            descending order and ``pred_classes``; or a list of these.
+
+        Raises:
+            ValueError: an image has another type or shape.
         """
-        if isinstance(image, np.ndarray):
+        if not isinstance(image, Sequence) or isinstance(image, str):
             return self([image])[0]
-        results = self.model([self._prepare(one) for one in image])
+        if not image:
+            return []
+        autocast = torch.autocast(
+            self.model.device.type, self.dtype, enabled=self.dtype != torch.float32
+        )
+        with autocast:
+            results = self.model([self._prepare(one) for one in image])
         return [
             {"instances": r["instances"][r["instances"].scores >= self.threshold]} for r in results
         ]
 
     def _prepare(self, image: np.ndarray) -> dict:
-        if image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"expected an image (H, W, 3), got an array of shape {image.shape}")
+        if not isinstance(image, np.ndarray):
+            raise ValueError(
+                f"expected an image (H, W, 3) as a uint8 numpy array, got {type(image).__name__}"
+                + ("; cv2.imread returns None for a file it cannot read" if image is None else "")
+            )
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise ValueError(
+                "expected an image (H, W, 3), uint8 from 0 to 255 in BGR order, "
+                f"got an array of shape {image.shape} and dtype {image.dtype}"
+            )
         height, width = image.shape[:2]
         if self.model.input_format == "RGB":
             image = image[:, :, ::-1]
@@ -93,12 +142,34 @@ class Predictor:
         return {"image": tensor, "height": height, "width": width}
 
 
-def _metadata(cfg: DictConfig) -> Metadata:
-    """Of the classes a run learned (its config.yaml has their names), else of the test set."""
-    if classes := OmegaConf.select(cfg, "data.classes"):
-        return Metadata(thing_classes=list(classes))
-    names = OmegaConf.select(cfg, "dataloader.test.dataset.names")
-    return MetadataCatalog.get(names) if isinstance(names, str) else Metadata()
+def _build(cfg: DictConfig, weights: str, device: str) -> tuple[nn.Module, dict]:
+    """The model, and what its checkpoint holds besides weights."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    resolve_classes(cfg)
+    model = instantiate(cfg.model).to(device).eval()
+    checkpoint = Checkpointer(model).load(weights, checkpointables=[]) if weights else {}
+    return model, checkpoint
+
+
+def _metadata(cfg: DictConfig, num_classes: int, names: Sequence[str] | None) -> Metadata:
+    known = OmegaConf.select(cfg, "dataloader.test.dataset.names")
+    known = known if isinstance(known, str) else (known or [""])[0]
+    registered = MetadataCatalog.get(known) if known in MetadataCatalog.list() else Metadata()
+    if names is None:
+        names = OmegaConf.select(cfg, "data.classes") or registered.get("thing_classes")
+    if names is None or len(names) != num_classes:
+        names = [str(index) for index in range(num_classes)]
+    if list(names) == registered.get("thing_classes"):
+        return registered  # with its colours and category ids
+    return Metadata(thing_classes=list(names))
+
+
+def _run_config(folder: str) -> str:
+    path = os.path.join(folder, "config.yaml")
+    if not os.path.isfile(path):
+        raise ValueError(f"{folder} is no output folder of a run: it holds no config.yaml")
+    return path
 
 
 def _last_checkpoint(folder: str) -> str:

@@ -5,14 +5,26 @@ model, not two::
 
     cfg = get_cfg()
     add_sparse_detr_config(cfg)
-    cfg.MODEL.META_ARCHITECTURE = "DeformableDETR"
+    cfg.merge_from_file("configs/yacs/sparse_detr_r50.yaml")
     cfg.MODEL.DETR.NUM_CLASSES = 3
-    model = build_model(cfg)
+    DefaultPredictor(cfg)
+
+detectron2's ``DefaultTrainer`` optimises by SGD, which these models do not learn with; give it
+theirs::
+
+    class Trainer(DefaultTrainer):
+        build_optimizer = staticmethod(build_optimizer)
 """
 
 from __future__ import annotations
 
+import importlib
+
+import torch
 from detectron2.config import CfgNode, instantiate
+from detectron2.solver.build import maybe_add_gradient_clipping
+from omegaconf import DictConfig
+from torch import nn
 
 from .config import get_config
 
@@ -20,8 +32,10 @@ from .config import get_config
 def add_sparse_detr_config(cfg: CfgNode) -> None:
     """Add ``MODEL.DETR`` to ``cfg`` and set the input the detectors expect: RGB, ImageNet mean and
     standard deviation, images without objects kept for training."""
+    # Registers the architectures; by name, as they import this module for their `from_config`.
+    importlib.import_module(".modeling", __package__)
     cfg.MODEL.DETR = CfgNode()
-    # Name of a shipped config (see list_configs()); empty: the architecture's own default.
+    # A LazyConfig's file, or a shipped one's name (see list_configs()); empty: the architecture's.
     cfg.MODEL.DETR.CONFIG = ""
     cfg.MODEL.DETR.NUM_CLASSES = 80
     # Further "model.key=value" overrides of that config.
@@ -38,16 +52,42 @@ def constructor_arguments(cfg: CfgNode, default_config: str) -> dict:
     Raises:
         ValueError: ``cfg`` has no ``MODEL.DETR``.
     """
+    lazy = _lazy_config(cfg, default_config)
+    lazy.model.update(
+        num_classes=cfg.MODEL.DETR.NUM_CLASSES, pixel_mean=list(cfg.MODEL.PIXEL_MEAN),
+        pixel_std=list(cfg.MODEL.PIXEL_STD), input_format=cfg.INPUT.FORMAT,
+        max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+    )
+    return {key: instantiate(value) for key, value in lazy.model.items() if key != "_target_"}
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of the model's LazyConfig (AdamW, less for the backbone) with ``cfg.SOLVER``'s
+    learning rate, weight decay and gradient clipping.
+
+    ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` may be "full_model": the norm over all parameters, as the
+    published models are trained. detectron2's "norm" clips each parameter by itself.
+    """
+    optimizer = _lazy_config(cfg, getattr(model, "module", model).default_config).optimizer
+    optimizer.lr, optimizer.weight_decay = cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY
+    optimizer.params.model = model
+    optimizer = instantiate(optimizer)
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    if clip.CLIP_TYPE != "full_model":
+        return maybe_add_gradient_clipping(cfg, optimizer)
+    if clip.ENABLED:
+        def clip_gradients(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
+
+        optimizer.register_step_pre_hook(clip_gradients)
+    return optimizer
+
+
+def _lazy_config(cfg: CfgNode, default_config: str) -> DictConfig:
     if "DETR" not in cfg.MODEL:
         raise ValueError(
             "this config has no MODEL.DETR: call sparse_detr.yacs.add_sparse_detr_config(cfg) "
             "after detectron2.config.get_cfg()"
         )
-    detr = cfg.MODEL.DETR
-    lazy = get_config(detr.CONFIG or default_config, list(detr.OVERRIDES))
-    lazy.model.update(
-        num_classes=detr.NUM_CLASSES, pixel_mean=list(cfg.MODEL.PIXEL_MEAN),
-        pixel_std=list(cfg.MODEL.PIXEL_STD), input_format=cfg.INPUT.FORMAT,
-        max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
-    )
-    return {key: instantiate(value) for key, value in lazy.model.items() if key != "_target_"}
+    return get_config(cfg.MODEL.DETR.CONFIG or default_config, list(cfg.MODEL.DETR.OVERRIDES))

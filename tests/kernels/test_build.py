@@ -165,7 +165,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from sparse_detr.kernels import build, ms_deform_attn
 with FakeTensorMode():
-    value, locations, weights = torch.ones(1, 4, 2, 3), torch.ones(1, 5, 2, 1, 1, 2), torch.ones(1, 5, 2, 1, 1)
+    value, locations = torch.ones(1, 4, 2, 3), torch.ones(1, 5, 2, 1, 1, 2)
+    weights = torch.ones(1, 5, 2, 1, 1)
     print(tuple(ms_deform_attn(value, [(2, 2)], locations, weights).shape), build.status("cpu").backend)
 """
     line, _ = finish(call(code=code))

@@ -44,12 +44,16 @@ _TRAINING_ONLY = re.compile(r"transformer\.(denoising|encoder\.heads)\.")
 class Checkpointer(DetectionCheckpointer):
     """detectron2's checkpointer with atomic writes, fall-back on resume, and more file types.
 
+    ``class_names``, once set, is stored in every file, for ``Predictor``.
+
     Args:
         fine_tune: ``load`` is the start of a training: a backbone alone will do, and tensors with a
             row per class are initialised anew where their number differs. Otherwise, and when a run
             is resumed, the weights must be the model's own: all of them, in its shapes.
         others: see detectron2's ``DetectionCheckpointer``.
     """
+
+    class_names: list[str] | None = None
 
     def __init__(
         self, model: nn.Module, save_dir: str = "", *, fine_tune: bool = False, **others: Any
@@ -63,6 +67,8 @@ class Checkpointer(DetectionCheckpointer):
             return
         data = {"model": self.model.state_dict()}
         data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()}, **kwargs)
+        if self.class_names is not None:
+            data["class_names"] = list(self.class_names)
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
         try:

@@ -6,6 +6,7 @@ import os
 
 import torch
 from detectron2.config import instantiate
+from detectron2.data import MetadataCatalog
 from detectron2.engine import create_ddp_model, default_setup, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
@@ -119,6 +120,8 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, float
     )
     checkpointer = Checkpointer(model, cfg.train.output_dir, fine_tune=True, trainer=trainer)
     evaluated = model  # not DDP: ranks may hold unlike batch counts
+    for name in _dataset_names(cfg.dataloader.train)[:1]:
+        checkpointer.class_names = MetadataCatalog.get(name).get("thing_classes")
     results: dict[str, dict[str, float]] = {}
 
     def evaluate_now() -> dict[str, dict[str, float]]:

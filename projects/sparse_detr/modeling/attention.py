@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import ms_deform_attn, ms_deform_attn_fused
-from .tokens import LevelShapes
+from .tokens import LevelShapes, level_sizes
 
 
 class Samples(NamedTuple):
@@ -39,7 +39,7 @@ def sampling_locations(reference: Tensor, offsets: Tensor, shapes: LevelShapes) 
     """
     reference = reference[:, :, None, :, None]  # (B, Q, 1, L, 1, 2 or 4)
     if reference.shape[-1] == 2:
-        size = reference.new_tensor([(w, h) for h, w in shapes])  # (L, 2)
+        size = level_sizes(shapes, reference)  # (L, 2)
         return torch.addcdiv(reference, offsets, size[:, None])
     num_points = offsets.shape[-2]
     centre, size = reference.split(2, dim=-1)

@@ -120,12 +120,15 @@ class SetDetector(nn.Module):
                ) -> TransformerOutput:
         """``detect`` from the backbone's maps (B, C_i, H_i, W_i) on."""
         maps = self.neck(features)
-        # On the CPU: how many tokens an image has is then known without waiting for the device.
-        mask = torch.ones((len(image_sizes), *padded_size), dtype=torch.uint8)
-        for image, (height, width) in enumerate(image_sizes):
-            mask[image, :height, :width] = 0
-        masks = [F.interpolate(mask[None], size=m.shape[-2:])[0].bool() for m in maps]
         has_padding = any(tuple(size) != tuple(padded_size) for size in image_sizes)
+        # On the CPU: how many tokens an image has is then known without waiting for the device.
+        if has_padding:
+            mask = torch.ones((len(image_sizes), *padded_size), dtype=torch.uint8)
+            for image, (height, width) in enumerate(image_sizes):
+                mask[image, :height, :width] = 0
+            masks = [F.interpolate(mask[None], size=m.shape[-2:])[0].bool() for m in maps]
+        else:
+            masks = [torch.zeros(len(image_sizes), *m.shape[-2:], dtype=torch.bool) for m in maps]
         return self.transformer(maps, masks, has_padding, targets)
 
     def targets(self, batched_inputs: list[dict]) -> list[Target]:

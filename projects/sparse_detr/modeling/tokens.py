@@ -78,6 +78,13 @@ def flatten_levels(maps: Sequence[Tensor]) -> Tensor:
     return torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
 
 
+def level_sizes(shapes: LevelShapes, like: Tensor) -> Tensor:
+    """(L, 2) cells per level as (w, h), in the dtype and on the device of ``like``."""
+    # A flat list: the export tracer keeps symbolic sizes in it, but not in nested ones.
+    flat = [size for height, width in shapes for size in (width, height)]
+    return torch.tensor(flat, dtype=like.dtype, device=like.device).view(-1, 2)
+
+
 def valid_sizes(masks: Sequence[Tensor]) -> Tensor:
     """(B, L, 2) number (w, h) of cells that show the image, from the first row and column."""
     return torch.stack(
@@ -107,12 +114,19 @@ def encoder_reference_points(shapes: LevelShapes, valid_ratios: Tensor) -> Tenso
     Returns:
         (B, N, L, 2): the centre in [0, 1] of the image, times each target level's valid ratio.
     """
-    points = []
-    for level, centres in enumerate(cell_centres(shapes, valid_ratios)):
-        height, width = shapes[level]
-        size = valid_ratios.new_tensor([width, height])
-        points.append(centres / (valid_ratios[:, None, level] * size))  # (B, H_l * W_l, 2)
+    sizes = valid_ratios * level_sizes(shapes, valid_ratios)  # (B, L, 2)
+    points = [
+        centres / sizes[:, None, level]  # (B, H_l * W_l, 2)
+        for level, centres in enumerate(cell_centres(shapes, valid_ratios))
+    ]
     return torch.cat(points, dim=1)[:, :, None] * valid_ratios[:, None]  # (B, N, L, 2)
+
+
+def promise_count(count: int, limit: int) -> None:
+    """Tells export tracers that ``1 <= count <= limit``, where ``count`` came out of a tensor."""
+    if not torch.jit.is_tracing():  # there, sizes are tensors, and nothing needs the promise
+        torch._check(count >= 1)
+        torch._check(count <= limit)
 
 
 def token_budgets(tokens: Tokens, keep_ratio: float) -> tuple[Tensor, int]:
@@ -126,7 +140,9 @@ def token_budgets(tokens: Tokens, keep_ratio: float) -> tuple[Tensor, int]:
     """
     valid = torch.tensor(tokens.valid_counts)
     budgets = torch.minimum((valid.float() * keep_ratio).long() + 1, valid)
-    return budgets.to(tokens.mask.device, non_blocking=True), int(budgets.max())
+    kept = budgets.max().item()
+    promise_count(kept, tokens.mask.shape[1])
+    return budgets.to(tokens.mask.device, non_blocking=True), kept
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:

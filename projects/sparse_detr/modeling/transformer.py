@@ -6,6 +6,7 @@ which paper they come from.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from .heads import DetectionHeads
 from .layers import SinePosition, TransformerLayer
 from .matcher import Target
 from .proposals import ProposalHead, Proposals, QueryGroup, QuerySelection
-from .tokens import Tokens, encoder_reference_points, flatten_levels, valid_sizes
+from .tokens import Tokens, encoder_reference_points, flatten_levels, level_sizes, valid_sizes
 
 
 @dataclass
@@ -139,8 +140,8 @@ class DetectionTransformer(nn.Module):
         position = torch.cat(
             [self.position(m, dtype) + e for m, e in zip(masks, self.level_embed)], dim=1
         )
-        cells = torch.tensor([(w, h) for h, w in shapes], dtype=dtype, device=features.device)
-        valid_ratios = valid_sizes(masks).to(dtype) / cells  # (B, L, 2)
+        valid_ratios = valid_sizes(masks).to(dtype)  # (B, L, 2), in cells
+        valid_ratios = valid_ratios / level_sizes(shapes, valid_ratios)
         return Tokens(
             features=features, position=position, mask=flatten_levels(masks), shapes=shapes,
             valid_ratios=valid_ratios, has_padding=has_padding, counts=counts,
@@ -180,5 +181,5 @@ def _valid_counts(masks: Sequence[Tensor], has_padding: bool) -> tuple[int, ...]
 
 def _slices(groups: Sequence[QueryGroup]) -> list[slice]:
     """Where each group lies on the query axis."""
-    ends = torch.tensor([g.size for g in groups]).cumsum(0).tolist()
+    ends = itertools.accumulate(g.size for g in groups)
     return [slice(end - g.size, end) for g, end in zip(groups, ends)]

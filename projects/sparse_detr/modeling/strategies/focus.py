@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..encoder import DeformableEncoderLayer, Encoder, EncoderOutput, clone_layers
 from ..layers import at_least_float32
 from ..proposals import proposal_logits
-from ..tokens import LevelShapes, Tokens, gather_tokens, scatter_tokens, token_budgets
+from ..tokens import LevelShapes, Tokens, gather_tokens, promise_count, scatter_tokens, token_budgets
 from .foreground import (
     DISTANCES,
     ForegroundScorer,
@@ -159,12 +159,14 @@ class FocusEncoder(Encoder):
         memory = tokens.features
         counts, objects = [], []
         for layer, ratio in zip(self.layers, self.layer_ratios):
-            count = max(1, int(torch.tensor(float(kept)) * ratio))  # float32, as published
+            count = torch.tensor(kept).float().mul(ratio).long().clamp(min=1).item()
+            promise_count(count, kept)
             old, mine = x[:, :count], own[:, :count]
             if masked:
                 mine = mine & (rank[:count] < (budgets * ratio).long().clamp(min=1)[:, None])
             eligible = mine if masked else None
-            rows = self._objects(proposal_head, old, foreground[:, :count], eligible)  # (B, O)
+            number = torch.sym_min(self.num_objects, count)
+            rows = self._objects(proposal_head, old, foreground[:, :count], eligible, number)
             new = layer(
                 old, position[:, :count], reference[:, :count], memory, tokens.shapes,
                 tokens.value_mask, rows, ~mine.gather(1, rows) if masked else None,
@@ -184,15 +186,15 @@ class FocusEncoder(Encoder):
 
     @torch.no_grad()
     def _objects(self, proposal_head: ProposalHead, x: Tensor, foreground: Tensor,
-                 eligible: Tensor | None) -> Tensor:
-        """(B, O) rows of ``x`` (B, K, C) with the best class and foreground scores, best first."""
+                 eligible: Tensor | None, number: int) -> Tensor:
+        """(B, number) rows of ``x`` (B, K, C) with the best class and foreground scores, best first."""
         category = at_least_float32(proposal_head.score(proposal_head.class_head(x)))  # (B, K)
         if self.probabilities:
             category, foreground = category.sigmoid(), foreground.sigmoid()
         score = category * foreground
         if eligible is not None:
             score = score.masked_fill(~eligible, float("-inf"))
-        return score.topk(min(self.num_objects, score.shape[1]), dim=1).indices
+        return score.topk(number, dim=1).indices
 
     def losses(self, encoded: EncoderOutput, decoded: DecoderOutput, tokens: Tokens,
                targets: list[Target]) -> dict[str, Tensor]:

@@ -1,0 +1,131 @@
+"""torch.export, torch.compile and ONNX: one trace of every method serves images of any size."""
+
+import json
+
+import pytest
+import torch
+from detectron2.config import instantiate
+
+from sparse_detr import export
+from sparse_detr.config import get_config
+from sparse_detr.kernels import op
+
+from .modeling.tiny import shrink
+
+CONFIGS = {
+    "sparse": "sparse_detr/sparse_detr_r50_30_50ep",
+    "focus": "focus_detr/focus_detr_r50_4scale_12ep",
+    "lite": "lite_detr/lite_dino_r50_h3l1_2p1x3_36ep",
+    "dino": "dino/dino_r50_4scale_12ep",
+    "deformable": "deformable_detr/deformable_detr_r50_50ep",
+}
+TRACED, OTHERS = (96, 160), ((160, 128), (101, 203))
+
+
+def model(method):
+    """On two levels, for speed, and with random heads: as initialised, all scores are much alike."""
+    cfg = shrink(get_config(CONFIGS[method]).model)
+    cfg.in_features, cfg.neck.in_channels = ["res4"], [16]
+    cfg.transformer.num_levels = 2
+    cfg.transformer.decoder.num_layers = 1
+    encoder = cfg.transformer.encoder
+    if "num_high_levels" in encoder:
+        encoder.num_high_levels = 1
+    if "strides" in encoder:
+        encoder.strides, encoder.size_ranges = encoder.strides[1:3], encoder.size_ranges[1:3]
+    detector = instantiate(cfg).eval()
+    for head in detector.transformer.heads.class_heads:
+        torch.nn.init.normal_(head.weight, std=0.3)
+    return detector
+
+
+def image(size):
+    return torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(sum(size))) * 255
+
+
+@torch.no_grad()
+def assert_same(function, detector, sizes):
+    for size in sizes:
+        expected = export.TensorDetector(detector)(image(size))
+        for a, b in zip(function(image(size)), expected):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_the_tensor_detector_is_the_detector():
+    detector = model("sparse")
+    scores, labels, boxes = (x[0] for x in export.TensorDetector(detector)(image(TRACED)))
+    found = detector([{"image": image(TRACED)[0]}])[0]["instances"]
+    torch.testing.assert_close(scores, found.scores)
+    assert (labels == found.pred_classes).all()
+    height, width = TRACED
+    limit = torch.tensor([width, height] * 2)
+    torch.testing.assert_close(boxes.clamp(min=0).minimum(limit), found.pred_boxes.tensor)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_one_exported_program_serves_all_sizes(method):
+    detector = model(method)
+    program = export.export_program(detector, TRACED)
+    assert_same(program.module(), detector, (TRACED, *OTHERS))
+    attention = [n for n in program.graph.nodes if str(n.target).startswith(op.NAMESPACE)]
+    assert attention, "deformable attention should stay one op"
+
+
+def test_one_compiled_graph_serves_all_sizes():
+    """Of Focus-DETR, whose numbers of tokens depend on the size in the most ways."""
+    detector = model("focus")
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        export.TensorDetector(detector), backend="eager", fullgraph=True, dynamic=True
+    )
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_same(compiled, detector, (TRACED, *OTHERS))
+
+
+def write_onnx(detector, path, **options):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    export.export_onnx(detector, str(path), TRACED, **options)
+
+
+@pytest.mark.slow
+def test_one_onnx_file_serves_all_sizes(tmp_path):
+    detector, path = model("focus"), tmp_path / "model.onnx"
+    write_onnx(detector, path, metadata={"classes": ["a", "b", "c"]})
+    errors = export.compare_onnx(detector, str(path), (TRACED, *OTHERS))
+    assert all(max(pair) < 1e-4 for pair in errors.values()), errors
+    import onnx
+
+    written = onnx.load(str(path))
+    assert [x.name for x in written.graph.input] == ["image"]
+    assert [x.name for x in written.graph.output] == list(export.OUTPUTS)
+    stored = {x.key: json.loads(x.value) for x in written.metadata_props}
+    assert stored["input_format"] == "RGB" and stored["classes"] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("method", ["sparse", "lite"])
+def test_onnx_of_a_fixed_size(method, tmp_path):
+    detector, path = model(method), tmp_path / "model.onnx"
+    write_onnx(detector, path, dynamic=False)
+    assert max(export.compare_onnx(detector, str(path), [TRACED])[TRACED]) < 1e-4
+
+
+def test_a_difference_is_found_whatever_the_order():
+    scores, labels = torch.tensor([0.9, 0.5]), torch.tensor([1, 0])
+    boxes = torch.tensor([[0.0, 0, 8, 8], [4, 4, 9, 9]])
+    expected = scores, labels, boxes
+    assert export._difference([x.flip(0) for x in expected], expected) == (0, 0)
+    moved = export._difference((scores - 0.25, labels, boxes + 2), expected)
+    assert moved == (0.25, 2)
+    assert export._difference((scores, 1 - labels, boxes), expected)[1] > 3
+    assert export._difference([x[:1] for x in expected], expected)[1] == float("inf")
+
+
+def test_a_model_that_needs_a_fixed_size_says_so(monkeypatch):
+    def bake(self, image):
+        return image + int(image.shape[-1])
+
+    monkeypatch.setattr(export.TensorDetector, "forward", bake)
+    with pytest.raises(ValueError, match=r"free height and width .*--fixed --size 96x160"):
+        export.export_program(model("dino"), TRACED)
+    assert export.export_program(model("dino"), TRACED, dynamic=False)

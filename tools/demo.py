@@ -1,0 +1,210 @@
+#!/usr/bin/env python
+"""Detect objects in images, folders, globs and videos; write pictures and COCO-style JSON.
+
+    python tools/demo.py --run output/my_run --input photos/ --output pictures
+    python tools/demo.py --run output/my_run --input 'photos/*.jpg' more.png --json found.json
+    python tools/demo.py --config-file dino/dino_r50_4scale_12ep --weights model.pth --input a.jpg
+    python tools/demo.py --run output/my_run --video-input film.mp4 --output pictures
+
+The flags are those of detectron2's demo.py. The JSON has the sections of a COCO annotation file, with
+a `score` in each annotation; the list under "annotations" is what COCO evaluators read as results.
+"""
+
+import argparse
+import glob
+import importlib.util
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+warnings.filterwarnings("ignore", message=r"`torch\.jit\.")  # detectron2's import
+if importlib.util.find_spec("sparse_detr") is None:  # run from a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "projects"))
+
+import numpy as np  # noqa: E402
+from detectron2.data.detection_utils import read_image  # noqa: E402
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json  # noqa: E402
+from PIL import Image  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from sparse_detr.predictor import Predictor  # noqa: E402
+from sparse_detr.visualize import draw_detections  # noqa: E402
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+class Results:
+    """Detections of many images as the sections of a COCO annotation file."""
+
+    def __init__(self, predict: Predictor) -> None:
+        ids = predict.metadata.get("thing_dataset_id_to_contiguous_id")
+        self.ids = ({v: k for k, v in ids.items()} if ids
+                    else {i: i + 1 for i in range(len(predict.class_names))})
+        self.sections = {
+            "images": [],
+            "categories": [
+                {"id": self.ids[i], "name": name} for i, name in enumerate(predict.class_names)
+            ],
+            "annotations": [],
+        }
+
+    def add(self, file_name: str, instances) -> None:
+        images, annotations = self.sections["images"], self.sections["annotations"]
+        height, width = instances.image_size
+        images.append(
+            {"id": len(images) + 1, "file_name": file_name, "height": height, "width": width}
+        )
+        for found in instances_to_coco_json(instances.to("cpu"), len(images)):
+            found["category_id"] = self.ids[found["category_id"]]
+            area = found["bbox"][2] * found["bbox"][3]
+            annotations.append({"id": len(annotations) + 1, **found, "area": area, "iscrowd": 0})
+
+
+def find_images(inputs: list[str]) -> list[Path]:
+    """The images among files, folders and globs, in order, each once.
+
+    Raises:
+        ValueError: one of ``inputs`` holds no image, or two images would get the same name.
+    """
+    paths: dict[Path, None] = {}
+    for entry in inputs:
+        if Path(entry).is_dir():
+            found = [p for p in sorted(Path(entry).iterdir()) if p.suffix.lower() in EXTENSIONS]
+        elif Path(entry).is_file():
+            found = [Path(entry)]
+        else:
+            found = [Path(p) for p in sorted(glob.glob(entry, recursive=True)) if Path(p).is_file()]
+        if not found:
+            raise ValueError(
+                f"--input {entry}: no such file or glob, or no image in that folder "
+                f"({' '.join(sorted(EXTENSIONS))})"
+            )
+        paths.update(dict.fromkeys(found))
+    names: dict[str, Path] = {}
+    for path in paths:
+        other = names.setdefault(path.name, path)
+        if other != path:
+            raise ValueError(
+                f"{other} and {path} would be written under the same name: run the demo once per "
+                "folder, with an --output for each"
+            )
+    return list(paths)
+
+
+def run_images(predict: Predictor, paths: list[Path], output: Path | None,
+               results: Results) -> None:
+    for path in tqdm(paths, unit="image"):
+        image = read_image(str(path), "BGR")
+        instances = predict(np.ascontiguousarray(image))["instances"]
+        results.add(path.name, instances)
+        if output is not None:
+            rgb = np.ascontiguousarray(image[:, :, ::-1])
+            picture = draw_detections(rgb, instances, predict.metadata, threshold=predict.threshold)
+            Image.fromarray(picture).save(output / path.name)
+
+
+def run_video(predict: Predictor, path: Path, output: Path | None, results: Results) -> None:
+    """Frame by frame; the frames are named ``<video>/000000`` and so on in the results."""
+    try:
+        import cv2
+    except ImportError as error:
+        raise ValueError(
+            "--video-input needs OpenCV: pip install opencv-python-headless"
+        ) from error
+    video = cv2.VideoCapture(str(path))
+    if not video.isOpened():
+        raise ValueError(f"--video-input {path}: not a video that OpenCV can read")
+    writer = None
+
+    def frames() -> Iterator[np.ndarray]:
+        while True:
+            more, frame = video.read()
+            if not more:
+                return
+            yield frame
+
+    total = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+    try:
+        for index, frame in enumerate(tqdm(frames(), total=max(total, 0) or None, unit="frame")):
+            instances = predict(frame)["instances"]
+            results.add(f"{path.name}/{index:06d}", instances)
+            if output is None:
+                continue
+            picture = draw_detections(
+                frame[:, :, ::-1], instances, predict.metadata, threshold=predict.threshold
+            )
+            if writer is None:
+                writer = cv2.VideoWriter(
+                    str(output / f"{path.stem}.mp4"), cv2.VideoWriter_fourcc(*"mp4v"),
+                    video.get(cv2.CAP_PROP_FPS) or 25.0, picture.shape[1::-1],
+                )
+            writer.write(np.ascontiguousarray(picture[:, :, ::-1]))
+    finally:
+        video.release()
+        if writer is not None:
+            writer.release()
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", metavar="DIR", help="output folder of a run; its last checkpoint")
+    source.add_argument("--config-file", metavar="FILE", help="a config or a shipped one's name")
+    parser.add_argument("--weights", default="", metavar="FILE", help="a checkpoint")
+    parser.add_argument("--input", nargs="+", default=[], metavar="PATH",
+                        help="images, folders, globs")
+    parser.add_argument("--video-input", metavar="FILE", help="a video (needs OpenCV)")
+    parser.add_argument("--output", metavar="DIR",
+                        help="folder for the pictures (default: output/pictures, or none if --json)")
+    parser.add_argument("--json", metavar="FILE", help="write the detections here")
+    parser.add_argument("--threshold", "--confidence-threshold", type=float, default=0.5,
+                        metavar="SCORE", help="lowest score shown (default: 0.5)")
+    parser.add_argument("--keep-ratio", type=float, metavar="RATIO",
+                        help="share of tokens the encoder refreshes, instead of the config's")
+    parser.add_argument("--device", default="auto", help='"cuda", "cpu" (default: the GPU if any)')
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY=VALUE",
+                        help="config overrides, path.key=value")
+    args = parser.parse_args(arguments)
+    if not args.input and not args.video_input:
+        parser.error("pass images by --input, or a video by --video-input")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    try:
+        paths = find_images(args.input)
+        if args.config_file and not args.weights and not Path(args.config_file).is_dir():
+            print("warning: no --weights: the weights are random", file=sys.stderr)
+        predict = Predictor(
+            args.run or args.config_file, args.weights, overrides=args.opts, device=args.device,
+            threshold=args.threshold, keep_ratio=args.keep_ratio,
+        )
+        output = None
+        if args.output or not args.json:
+            output = Path(args.output or "output/pictures")
+            output.mkdir(parents=True, exist_ok=True)
+        results = Results(predict)
+        if paths:
+            run_images(predict, paths, output, results)
+        if args.video_input:
+            run_video(predict, Path(args.video_input), output, results)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps(results.sections), encoding="utf-8")
+    count = len(results.sections["annotations"])
+    print(f"{count} detections of at least {args.threshold} in {len(results.sections['images'])} images")
+    for written in filter(None, (output, args.json)):
+        print(written)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
