@@ -8,7 +8,7 @@ extern "C" {
 struct Sizes {
   int64_t images, queries, heads, channels, points, levels;
   const int64_t* shapes;
-  int tiled_from;
+  int tiled_from, aggregate;
 };
 
 static Problem problem_of(const Sizes& s) {
@@ -16,6 +16,7 @@ static Problem problem_of(const Sizes& s) {
             static_cast<int>(s.channels), static_cast<int>(s.points), static_cast<int>(s.levels),
             s.shapes);
   p.tiled_from = s.tiled_from;
+  p.aggregate = s.aggregate;
   return p;
 }
 
