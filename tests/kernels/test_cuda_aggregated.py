@@ -144,3 +144,32 @@ def test_scalar_reductions_of_earlier_devices(libraries, dtype):
     expected = expected_gradients(plain.ms_deform_attn, inputs, grad_output)[1]
     found = CudaOnCpu(libraries[1]).ms_deform_attn_backward(grad_output, *inputs, aggregate=True)
     assert_close(found[0], expected[0], TOLERANCE[dtype])
+
+
+def test_memory_sees_a_fraction_of_the_contributions(cuda):
+    """An encoder as initialised: points 1 to 4 pixels away in the direction of their head, noise 1.
+
+    One reduction per token and group, not per corner: less than a fourth of the direct path's.
+    """
+    shapes, heads, points = [(40, 56), (20, 28), (10, 14), (5, 7)], 2, 4
+    queries = sum(h * w for h, w in shapes)
+    reference = torch.cat([
+        torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w)
+        for h, w in shapes
+    ]).flip(-1)  # fmt: skip
+    size = torch.tensor([(w, h) for h, w in shapes])[:, None]
+    steps = torch.arange(1.0, points + 1)[:, None] * torch.tensor([[[1.0, 0.0]], [[-1.0, 1.0]]])
+    offsets = torch.randn(queries, heads, 4, points, 2) + steps[None, :, None]
+    locations = (reference[:, None, None, None] + offsets / size)[None]
+    value = torch.randn(1, queries, heads, 16)
+    weights = torch.rand(locations.shape[:-1])
+    grad_output = torch.randn(1, queries, heads * 16)
+    counts, grads = [], []
+    for aggregate in (False, True):
+        before = cuda.vector_reductions()
+        grads.append(cuda.ms_deform_attn_backward(
+            grad_output, value, shapes, locations, weights, tiled_from=0, aggregate=aggregate
+        )[0])  # fmt: skip
+        counts.append(cuda.vector_reductions() - before)
+    assert_close(grads[1], grads[0].double(), 1e-5)
+    assert counts[1] < counts[0] / 4, counts

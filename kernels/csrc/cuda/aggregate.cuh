@@ -12,6 +12,8 @@
 // hardly any token twice: their contributions stay in the order in which they come.
 #pragma once
 
+#include <type_traits>
+
 #include "sampling.cuh"
 
 namespace sparse_detr::cuda {
@@ -48,9 +50,23 @@ struct Window {
   DEVICE int pixels() const { return height * width; }
 };
 
+// Rows of a map (N, M, D), from this lane's channels of token 0.
+template <typename T>
+struct Rows {
+  T* first;
+  int bytes;  // from one token to the next
+
+  DEVICE Rows(T* first, int stride)
+      : first(opaque(first)), bytes(opaque(stride * static_cast<int>(sizeof(T)))) {}
+  DEVICE T* operator[](int token) const {
+    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(first) + int64_t(token) * bytes);
+  }
+};
+
 // Contributes weight[i] times the i-th channel vector of the query in `slot` to a token.
 template <int kWeights>
-struct Term {
+struct alignas(kWeights == 1 ? 8 : 4) Term {
   unsigned key;  // token << kSlotBits | slot
   float weight[kWeights];
 };
@@ -71,6 +87,7 @@ struct Aggregation {
   DEVICE static int words(const Window& window) { return window.pixels() / 2 + 1; }
 
   DEVICE void clear(const Window& window) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < words(window); i += kThreads) bins[i] = 0;
   }
 
@@ -99,6 +116,7 @@ struct Aggregation {
   DEVICE void sort(const Window& window) {
     const int lane = threadIdx.x % 32, end = words(window);
     unsigned mine = 0;
+#pragma unroll 1
     for (int i = threadIdx.x; i < end; i += kThreads) mine += (bins[i] & 0xffff) + (bins[i] >> 16);
     unsigned next = mine;
 #pragma unroll
@@ -110,6 +128,7 @@ struct Aggregation {
     int start = 0;
     if (lane == 0) start = atomicAdd(&total, static_cast<int>(all));
     next += __shfl_sync(kAllLanes, start, 0) - mine;
+#pragma unroll 1
     for (int i = threadIdx.x; i < end; i += kThreads) {
       const unsigned counts = bins[i];
       bins[i] = next | (next + (counts & 0xffff)) << 16;
@@ -133,6 +152,7 @@ struct Aggregation {
     const int share = (count + groups - 1) / groups | 1;  // odd: groups begin in different banks
     const int end = min((group + 1) * share, count);
     unsigned token = kNowhere;
+#pragma unroll 1
     for (int i = group * share; i < end; ++i) {
       const Term<kWeights> term = terms[i];
       if (term.key >> kSlotBits != token) {

@@ -16,7 +16,7 @@ namespace sparse_detr::cuda {
 namespace {
 
 template <typename W, typename Source, typename Gradient, typename Map>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks)
+__global__ void __launch_bounds__(kThreads, Map::kFloating ? kBackwardBlocks : kBackwardBlocks - 1)
     aggregated_backward_kernel(Problem problem, int tiles, Source source, Gradient gradient,
                                Map grad_value, const typename W::T* __restrict__ grad_output,
                                const typename W::T* __restrict__ value) {
@@ -42,16 +42,18 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
   grad_value.start(problem);
   source.select_image(problem, tile.image);
   gradient.select_image(problem, tile.image);
-  const T* lane_value = opaque(value + plane + lane * V);
-  auto* lane_map = opaque(grad_value.map + plane + lane * V);
+  const Rows values(value + plane + lane * V, stride);
+  const Rows map(grad_value.map + plane + lane * V, stride);
 
   grad_output += tile.image * problem.queries * stride;
+#pragma unroll 1
   for (int s = group; s < kTileQueries; s += W::kGroups) {
     const int head_row = max(tile.query(problem, s), 0) * problem.heads + tile.head;
     A x[V];
     load<T, V>(grad_output + (int64_t(head_row) * D + lane * V), x);
     store<T, V>(rows + (s * D + lane * V), x);
   }
+#pragma unroll 1
   for (int i = threadIdx.x; i < kBins / 2; i += kThreads) sums.bins[i] = 0;
   sums.restart();
   source.template start<kPassPoints>(problem, row, point);
@@ -114,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
             for (int k = 0; k < 4; ++k) {
               if (corners.at[k] < 0) continue;
               A x[V];
-              load<T, V>(lane_value + int64_t(corners.at[k]) * stride, x);
+              load<T, V>(values[corners.at[k]], x);
 #pragma unroll
               for (int v = 0; v < V; ++v) dot[k] += g[v] * x[v];
             }
@@ -134,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
             for (int v = 0; v < V; ++v) grad_value.accumulate(sum[v], weight[0], g[v]);
           },
           [&](unsigned token) {
-            if (token != sums.kNowhere) grad_value.flush(lane_map + int64_t(token) * stride, sum);
+            if (token != sums.kNowhere) grad_value.flush(map[token], sum);
 #pragma unroll
             for (int v = 0; v < V; ++v) sum[v] = 0;
           });

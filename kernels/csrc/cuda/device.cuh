@@ -91,6 +91,15 @@ DEVICE T* opaque(T* p) {
   return p;
 }
 
+// Hides how a number came about. Else the compiler splits a product that it was computed with into
+// 64-bit steps at every use.
+DEVICE int opaque(int x) {
+#ifdef __CUDACC__
+  asm("" : "+r"(x));
+#endif
+  return x;
+}
+
 // V 16-bit elements from their words.
 template <typename T, int V>
 DEVICE void unpack(const unsigned* words, float (&x)[V]) {
@@ -263,6 +272,7 @@ DEVICE void add_to(A* p, const A (&x)[V]) {
 // into `map`; a null map is a gradient that nobody wants.
 template <typename A>
 struct FloatingMap {
+  static constexpr bool kFloating = true;
   A* map;
 
   explicit FloatingMap(const GradientMap& x) : map(static_cast<A*>(x.sum)) {}
@@ -284,6 +294,7 @@ struct FloatingMap {
 
 template <typename A>
 struct FixedMap {
+  static constexpr bool kFloating = false;
   unsigned long long* map;
   const A* bound;
   double scale;

@@ -38,7 +38,7 @@ DEVICE A dot(const A (&x)[V], const A (&y)[V]) {
 }
 
 template <typename W, bool kShared>
-__global__ void __launch_bounds__(kThreads, (kShared ? 4 : 2) / W::kWords)
+__global__ void __launch_bounds__(kThreads, (kShared && W::kExact ? 4 : 2) / W::kWords)
     key_aware_forward_kernel(Problem problem, int tiles, Given<typename W::A> source,
                              const typename W::T* __restrict__ query,
                              const typename W::T* __restrict__ key,

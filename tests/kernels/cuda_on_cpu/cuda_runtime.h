@@ -88,6 +88,7 @@ inline char* stacks[kMostThreads];
 inline jmp_buf scheduler;
 inline Lane* current;
 inline bool descending = false;
+inline int64_t vector_reductions = 0;  // so far
 inline std::function<void()> body;
 
 // Back to the scheduler, until all lanes of the warp or block have come this far. (_setjmp and
@@ -197,6 +198,7 @@ T atomicAdd(T* p, T x) {
 }
 inline void atomicAdd(float4* p, float4 x) {
   emulator::aligned(p);
+  ++emulator::vector_reductions;
   p->x += x.x, p->y += x.y, p->z += x.z, p->w += x.w;
 }
 

@@ -22,6 +22,8 @@ static Problem problem_of(const Sizes& s) {
 
 void set_descending(int descending) { emulator::descending = descending; }
 
+int64_t vector_reductions() { return emulator::vector_reductions; }
+
 int level_of(int points, int sample) {
   const int64_t shape[2] = {1, 1};
   return Problem(1, 1, 1, 1, points, 1, shape).level_of(sample);
