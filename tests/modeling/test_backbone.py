@@ -1,5 +1,6 @@
 """Backbones: the published ones, through detectron2's modules."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from torchvision.models import resnet50
 from sparse_detr.config import get_config
 from sparse_detr.engine.convert import convert_state_dict
 from sparse_detr.modeling import build_dilated_resnet, build_swin
+from sparse_detr.modeling.backbone import FrozenNormConv2d, fold_frozen_norms
 
 
 class _Wrapped(torch.nn.Module):
@@ -77,3 +79,29 @@ def test_stochastic_depth_grows_linearly():
     swin = build_swin(drop_path_rate=0.2)
     rates = [block.drop_path.p for layer in swin.layers for block in layer.blocks]
     torch.testing.assert_close(torch.tensor(rates), torch.linspace(0, 0.2, 12))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_frozen_norms_in_the_weights_change_nothing(training):
+    torch.manual_seed(0)
+    plain = instantiate(get_config("models/backbones").resnet50.backbone).double().train(training)
+    for name, buffer in plain.named_buffers():
+        buffer.uniform_(0.5, 2.0) if name.endswith(("var", "weight")) else buffer.normal_()
+    folded = copy.deepcopy(plain)
+    fold_frozen_norms(folded)
+    fold_frozen_norms(folded)  # idempotent
+    assert sum(isinstance(m, FrozenNormConv2d) for m in folded.modules()) == 53
+    assert list(folded.state_dict()) == list(plain.state_dict())
+    image = torch.randn(1, 3, 64, 96, dtype=torch.double)
+    expected, found = plain(image), folded(image.contiguous(memory_format=torch.channels_last))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-9)
+    for features in (expected, found):
+        sum(f.tanh().sum() for f in features.values()).backward()
+    gradients = dict(folded.named_parameters())
+    assert sum(p.grad is not None for p in plain.parameters()) > 40
+    for name, parameter in plain.named_parameters():
+        if parameter.grad is None:
+            assert gradients[name].grad is None
+        else:
+            torch.testing.assert_close(gradients[name].grad, parameter.grad, rtol=1e-7, atol=1e-9)

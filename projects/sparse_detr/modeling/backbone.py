@@ -1,7 +1,7 @@
 """detectron2's ResNet and Swin as the published detectors use them.
 
 The plain ResNets need nothing from here (see ``configs/models``); what is added is the dilated last
-stage (DC5) and a Swin Transformer that needs no ``timm``.
+stage (DC5), a Swin Transformer that needs no ``timm``, and frozen norms at no cost.
 """
 
 from __future__ import annotations
@@ -9,9 +9,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock, ResNet
 from detectron2.modeling.backbone.swin import SwinTransformer
+from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
+
+
+class FrozenNormConv2d(Conv2d):
+    """A convolution that applies its frozen norm to the weights instead of the feature map.
+
+    Parameters, buffers and their names are those of ``Conv2d(norm=FrozenBatchNorm2d)``, gradients
+    too; the passes over the map that the norm would take are saved.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()  # (C_out,)
+        bias = norm.bias - norm.running_mean * scale
+        if self.bias is not None:
+            bias = bias + self.bias * scale
+        weight = self.weight * scale[:, None, None, None]
+        x = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return x if self.activation is None else self.activation(x)
+
+
+def fold_frozen_norms(module: nn.Module) -> None:
+    """Let every detectron2 convolution inside apply its ``FrozenBatchNorm2d`` to its weights."""
+    for part in module.modules():
+        if type(part) is Conv2d and isinstance(part.norm, FrozenBatchNorm2d):
+            part.__class__ = FrozenNormConv2d  # same state, so nothing is built or copied
 
 
 def build_swin(*, embed_dim: int = 96, depths: Sequence[int] = (2, 2, 6, 2),

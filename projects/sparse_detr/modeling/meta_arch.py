@@ -12,6 +12,7 @@ from detectron2.structures import ImageList
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
+from .backbone import fold_frozen_norms
 from .boxes import xyxy_to_cxcywh
 from .criterion import SetCriterion
 from .layers import ChannelMapper
@@ -45,6 +46,7 @@ class SetDetector(nn.Module):
                 f"model.num_classes={num_classes} but the heads have "
                 f"{transformer.heads.num_classes} classes: let them refer to ${{model.num_classes}}"
             )
+        fold_frozen_norms(backbone)
         self.backbone = backbone
         self.in_features = list(in_features)
         self.neck = neck
@@ -108,7 +110,8 @@ class SetDetector(nn.Module):
 
     def detect(self, images: ImageList, targets: list[Target] | None = None) -> TransformerOutput:
         """Everything between the normalised batch and the predictions."""
-        features = self.backbone(images.tensor)
+        # Channels last: convolutions are faster, and maps become tokens without a copy.
+        features = self.backbone(images.tensor.contiguous(memory_format=torch.channels_last))
         return self.decode([features[name] for name in self.in_features], images.image_sizes,
                            tuple(images.tensor.shape[-2:]), targets)
 

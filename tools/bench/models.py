@@ -1,0 +1,122 @@
+"""Whole detectors and their encoders, one image at a time, random weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from detectron2.config import instantiate
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
+
+from sparse_detr import config
+from sparse_detr.modeling.meta_arch import SetDetector
+
+from .ops import load
+from .timing import Timing, peak_memory, take_turns
+
+
+@dataclass
+class Contender:
+    """A detector in inference: a normalised image (1, 3, H, W) to its predictions."""
+
+    name: str
+    model: nn.Module
+    detect: Callable[[Tensor], object]
+    encoder: nn.Module | None
+    timings: dict[str, Timing] = field(default_factory=dict)  # "model", "encoder", "training step"
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+
+def ours(text: str, device: str) -> Contender:
+    """``CONFIG [key=value ...]``, or ``NAME=CONFIG [key=value ...]``; the name may have spaces."""
+    match = re.fullmatch(r"(?:(?P<name>[^=]*)=)?(?P<path>[^\s=]+)(?P<overrides>(?:\s+\S+=\S+)*)",
+                         text.strip())
+    if match is None:
+        raise SystemExit(f"{text!r}: expected [NAME=]CONFIG [key=value ...]")
+    name, path, overrides = match["name"], match["path"], match["overrides"].split()
+    torch.manual_seed(0)
+    model = instantiate(config.load_config(path, overrides).model).to(device).eval()
+    return Contender(name or " ".join([path.rsplit("/", 1)[-1], *overrides]), model,
+                     lambda image: model.detect(ImageList(image, [tuple(image.shape[-2:])])),
+                     model.transformer.encoder)
+
+
+def peer(text: str, device: str) -> Contender:
+    """``NAME=FILE.py:FUNCTION``: a function that returns an eval-mode module, called with the image;
+    its attribute ``encoder``, if it has one, is timed as well."""
+    name, build = load(text)
+    torch.manual_seed(0)
+    model = build().to(device).eval()
+    return Contender(name, model, model, getattr(model, "encoder", None))
+
+
+def measure(contenders: list[Contender], size: tuple[int, int], rounds: int, device: str) -> None:
+    """Fills in the timings of inference, whole and of the encoder on what it receives there."""
+    g = torch.Generator().manual_seed(0)
+    images = [torch.randn(1, 3, *size, generator=g).to(device) for _ in range(2)]
+    with torch.inference_mode():
+        received = {}
+        for contender in contenders:
+            if contender.encoder is not None:
+                received[contender.name] = _inputs(contender, images[0])
+        found = take_turns(
+            {c.name: lambda n, c=c: c.detect(images[n % 2]) for c in contenders}, rounds, device,
+            "model")
+        for contender in contenders:
+            contender.timings["model"] = found[contender.name]
+        found = take_turns(
+            {c.name: lambda _, c=c: c.encoder(*received[c.name][0], **received[c.name][1])
+             for c in contenders if c.name in received}, rounds, device, "encoder")
+    for contender in contenders:
+        if contender.name in found:
+            contender.timings["encoder"] = found[contender.name]
+
+
+def measure_training(contenders: list[Contender], size: tuple[int, int], rounds: int, device: str,
+                     boxes: int = 10) -> None:
+    """Fills in time and memory of forward, losses and backward, with that many boxes per image."""
+    g = torch.Generator().manual_seed(0)
+    height, width = size
+    corner = torch.rand(boxes, 2, generator=g) * 0.7
+    extent = 0.05 + 0.25 * torch.rand(boxes, 2, generator=g)
+    scale = torch.tensor([width, height, width, height])
+    instances = Instances(size, gt_boxes=Boxes(torch.cat([corner, corner + extent], -1) * scale),
+                          gt_classes=torch.randint(0, 80, (boxes,), generator=g))
+    image = (torch.rand(3, height, width, generator=g) * 255).to(device)
+
+    def step(model: SetDetector, _: int = 0) -> None:
+        model.zero_grad(set_to_none=True)
+        sum(model([{"image": image, "instances": instances}]).values()).backward()
+
+    trained = [c for c in contenders if isinstance(c.model, SetDetector)]
+    for contender in trained:
+        contender.model.train()
+        contender.model.requires_grad_(True)  # frozen layers too, so that bases compare alike
+    found = take_turns({c.name: lambda n, c=c: step(c.model, n) for c in trained}, rounds, device,
+                       "training step")
+    for contender in trained:
+        contender.timings["training step"] = found[contender.name]
+        contender.model.zero_grad(set_to_none=True)
+        step(contender.model)  # gradients exist already, as in all steps but the first
+        found[contender.name].memory = peak_memory(lambda c=contender: step(c.model), device)
+        contender.model.zero_grad(set_to_none=True)
+
+
+def _inputs(contender: Contender, image: Tensor) -> tuple[tuple, dict]:
+    """What the encoder receives in a pass of the whole."""
+    seen = []
+    hook = contender.encoder.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    try:
+        contender.detect(image)
+    finally:
+        hook.remove()
+    if len(seen) != 1:
+        raise SystemExit(f"{contender.name}: the encoder was called {len(seen)} times, expected once")
+    return seen[0]

@@ -1,0 +1,165 @@
+#!/usr/bin/env python
+"""How fast, against what, on this machine: paired ratios measured in one run.
+
+    python tools/benchmark.py op                              deformable attention, 1 thread
+    python tools/benchmark.py op --device cuda --json op.json
+    python tools/benchmark.py op --peer mine=file.py:function
+    python tools/benchmark.py model deformable_detr/deformable_detr_r50_efficient_50ep \\
+        sparse_detr/sparse_detr_r50_10_50ep                   whole models; the first is the base
+    python tools/benchmark.py model "DINO=dino/dino_r50_4scale_12ep" \\
+        "Focus .3=focus_detr/focus_detr_r50_4scale_12ep model.transformer.encoder.keep_ratio=0.3" \\
+        --train --size 800x1066 --peer published=file.py:function
+
+`op` first checks that all contenders compute the same. An op peer is called as
+`function(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)`, a model
+peer without arguments and returns a module that is called with an image (1, 3, H, W). Contenders take
+turns; a ratio is the median over rounds, with its quartiles in brackets. Measure on a quiet machine.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import sys
+import warnings
+from pathlib import Path
+
+warnings.filterwarnings("ignore", message=r"`torch\.jit\.")  # detectron2's import
+if importlib.util.find_spec("sparse_detr") is None:  # run from a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "projects"))
+
+import torch  # noqa: E402
+from bench import ops  # noqa: E402
+from bench.timing import Timing, markdown, milliseconds  # noqa: E402
+
+KINDS = ("dense", "30 %", "10 %", "decoder 900", "decoder 300")
+
+
+def image_size(text: str) -> tuple[int, int]:
+    height, width = (int(side) for side in text.lower().split("x"))
+    return height, width
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    common.add_argument("--threads", type=int, help="CPU threads (op: 1, model: all)")
+    common.add_argument("--rounds", type=int, help="how often all take turns (op: 15, model: 7)")
+    common.add_argument("--peer", action="append", default=[], metavar="NAME=WHERE:FUNCTION")
+    common.add_argument("--json", metavar="FILE", help="write every measurement there")
+    op = commands.add_parser("op", parents=[common], help="deformable attention")
+    op.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, metavar="KIND",
+                    help=f"which queries: {', '.join(KINDS)} (default: all)")
+    op.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    op.add_argument("--scale", type=float, default=1.0, help="shrink the maps' sides (for a trial)")
+    op.add_argument("--compile", action="store_true", help="torch.compile the formulation as well")
+    model = commands.add_parser("model", parents=[common], help="whole detectors")
+    model.add_argument("models", nargs="+", metavar="[NAME=]CONFIG [key=value ...]",
+                       help="a shipped config or a file, quoted together with its overrides")
+    model.add_argument("--size", type=image_size, default=(800, 1066), metavar="HxW")
+    model.add_argument("--train", action="store_true", help="a training step too: time and memory")
+    args = parser.parse_args(argv)
+    args.rounds = args.rounds or (15 if args.command == "op" else 7)
+    if args.rounds < 2:
+        parser.error("--rounds must be at least 2: a spread needs two")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no GPU")
+    return args
+
+
+def machine(device: str) -> dict[str, str]:
+    found = {"torch": torch.__version__, "python": platform.python_version(),
+             "threads": str(torch.get_num_threads()), "capability": torch.backends.cpu.get_cpu_capability()}
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x]
+        found["processor"] = f"{names[0]}, {len(names)} logical cores" if names else platform.machine()
+    if hasattr(os, "getloadavg"):
+        found["load before"] = f"{os.getloadavg()[0]:.2f}"
+    if device == "cuda":
+        found["gpu"] = torch.cuda.get_device_name()
+        found["cuda"] = str(torch.version.cuda)
+    return found
+
+
+def ratio(ours: Timing, other: Timing) -> str:
+    middle, low, high = ours.ratio(other)
+    return f"{middle:.2f}x ({low:.2f}-{high:.2f})"
+
+
+def megabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.1f}"
+
+
+def benchmark_ops(args: argparse.Namespace) -> tuple[str, list[dict]]:
+    torch.set_num_threads(args.threads or 1)
+    dtype = getattr(torch, args.dtype)
+    levels = tuple((max(1, round(h * args.scale)), max(1, round(w * args.scale))) for h, w in ops.LEVELS)
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    results = []
+    for task in ops.tasks(args.peer, args.compile):
+        small = tuple((max(1, h // 8), max(1, w // 8)) for h, w in levels)
+        ops.check(task, ops.problem("dense", small, args.device, dtype, 0), tolerance)
+        for kind in args.kinds:
+            problems = [ops.problem(kind, levels, args.device, dtype, seed) for seed in range(4)]
+            results += ops.measure(task, kind, problems, args.rounds, args.device)
+    for kind in args.kinds:
+        if kind.startswith("decoder"):
+            results.append(ops.measure_splat(kind, levels, args.rounds, args.device))
+    rows, records = [], []
+    for found in results:
+        ours = found.timings[ops.OURS]
+        for name, timing in found.timings.items():
+            rows.append([f"{found.task}, {found.kind}, {found.direction}", name,
+                         milliseconds(timing.best), milliseconds(timing.median),
+                         "" if timing is ours else ratio(ours, timing), megabytes(timing.memory)])
+            records.append({"task": found.task, "kind": found.kind, "direction": found.direction,
+                            "name": name, "seconds": timing.seconds, "peak_bytes": timing.memory})
+    head = ["", "", "best ms", "median ms", "ours is faster by", "peak MB, both passes"]
+    return markdown(head, rows), records
+
+
+def benchmark_models(args: argparse.Namespace) -> tuple[str, list[dict]]:
+    from bench import models  # needs detectron2, which `op` does not
+
+    torch.set_num_threads(args.threads or os.cpu_count() or 1)
+    contenders = [models.ours(text, args.device) for text in args.models]
+    contenders += [models.peer(text, args.device) for text in args.peer]
+    names = [c.name for c in contenders]
+    if len(set(names)) < len(names):
+        raise SystemExit(f"two models have the same name, write NAME=CONFIG: {names}")
+    models.measure(contenders, args.size, args.rounds, args.device)
+    if args.train:
+        models.measure_training(contenders, args.size, max(2, args.rounds // 2), args.device)
+    rows, records = [], []
+    for part in ("model", "encoder", "training step"):
+        base = contenders[0].timings.get(part)
+        for contender in contenders:
+            timing = contender.timings.get(part)
+            if timing is None:
+                continue
+            against = "" if timing is base or base is None else ratio(timing, base)
+            rows.append([part, contender.name, f"{timing.best:.3f}", f"{timing.median:.3f}", against,
+                         megabytes(timing.memory)])
+            records.append({"part": part, "name": contender.name, "parameters": contender.parameters,
+                            "seconds": timing.seconds, "peak_bytes": timing.memory})
+    return markdown(["", "", "best s", "median s", f"faster than {names[0]}", "peak MB"], rows), records
+
+
+def main() -> None:
+    args = arguments()
+    table, records = (benchmark_ops if args.command == "op" else benchmark_models)(args)
+    about = machine(args.device)
+    print(" · ".join(f"{k} {v}" for k, v in about.items()), "\n")
+    print(table)
+    if args.json:
+        Path(args.json).write_text(json.dumps(
+            {"machine": about, "arguments": vars(args), "results": records}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
