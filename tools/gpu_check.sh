@@ -144,7 +144,7 @@ export -f run_machine run_packages run_build run_tests run_peers run_memcheck ru
 
 stage machine 30
 stage packages 30
-stage build 180
+stage build $([ -n "$DRY" ] && echo 420 || echo 240)
 stage tests 120
 stage targets 60
 stage micro 60
