@@ -5,9 +5,11 @@
 For each kernel: registers, spilled bytes and static shared memory (from `-Xptxas -v`), and, where a
 disassembler is found (cuobjdump of the toolkit or of Triton's wheel), the instructions of its loops
 per sample. "gather" is the loop in which a group of lanes fetches a sample's four tokens; "prepare"
-and "finish" have a lane per sample. A warp's instruction serves 32 / G samples in the first and 32
-in the others, where G is the lanes per (query, head): the table divides by that, so the numbers
-compare with kernels that give a warp one head's sample at a time.
+and "finish" have a lane per sample. In the aggregated backward "sum" is the loop in which a group
+adds up sorted contributions, four per sample, and "prepare" all that a thread does for its sample.
+A warp's instruction serves 32 / G samples in "gather" and "sum" and 32 in the others, where G is the
+lanes per (query, head): the table divides by that, so the numbers compare with kernels that give a
+warp one head's sample at a time. They are static: a loop's whole body counts, taken or not.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ class Kernel:
     gather: float | None = None  # instructions per sample
     prepare: float | None = None
     finish: float | None = None
+    sum: float | None = None
     atomics: list[str] | None = None  # opcodes, e.g. REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU
 
 
@@ -148,6 +151,9 @@ def count_instructions(kernel: Kernel, symbol: str, code: str) -> None:
     if width is None:  # steps over the channels: no fixed number per sample
         return
     group = int(width[3])
+    if kernel.name.startswith("aggregated"):
+        count_aggregated(kernel, group, loops(code))
+        return
     maps = 2 if kernel.name.endswith("keys") else 1
     for body in loops(code):
         gathers = count(body, "LDG")
@@ -158,6 +164,16 @@ def count_instructions(kernel: Kernel, symbol: str, code: str) -> None:
         elif kernel.finish is None and kernel.name.startswith("backward"):
             if count(body, "STG") and count(body, "LDS"):
                 kernel.finish = len(body) / 32
+
+
+def count_aggregated(kernel: Kernel, group: int, found: list[list[str]]) -> None:
+    """Of backward_aggregated.cu, whose passes hold one sample per thread and have barriers."""
+    gather = next(b for b in found if count(b, "LDG") == 4 and count(b, "SHFL"))
+    walk = next(b for b in found if count(b, "RED(G|)") and count(b, "LDS"))
+    one_pass = next(b for b in found if count(b, "BAR") >= 4)
+    kernel.gather = len(gather) / (32 / group)
+    kernel.sum = 4 * len(walk) / (32 / group)
+    kernel.prepare = (len(one_pass) - len(gather) - len(walk)) / 32
 
 
 def report(archs: list[int], folder: Path) -> list[Kernel]:
@@ -184,11 +200,11 @@ def report(archs: list[int], folder: Path) -> list[Kernel]:
 
 
 def print_table(kernels: list[Kernel]) -> None:
-    print(f"{'':5} {'':58} {'bytes':>17} {'instructions per sample':>27}")
+    print(f"{'':5} {'':58} {'bytes':>17} {'instructions per sample':>36}")
     print(f"{'arch':5} {'kernel':58} {'regs':>4} {'spill':>5} {'shared':>6}"
-          f" {'gather':>8} {'prepare':>8} {'finish':>8}")  # fmt: skip
+          f" {'gather':>8} {'sum':>8} {'prepare':>8} {'finish':>8}")  # fmt: skip
     for k in kernels:
-        counts = ("-" if x is None else f"{x:.1f}" for x in (k.gather, k.prepare, k.finish))
+        counts = ("-" if x is None else f"{x:.1f}" for x in (k.gather, k.sum, k.prepare, k.finish))
         print(f"sm_{k.arch} {k.name:58} {k.registers:4} {k.spilled_bytes:5} {k.shared_bytes:6} "
               + " ".join(f"{x:>8}" for x in counts))  # fmt: skip
 

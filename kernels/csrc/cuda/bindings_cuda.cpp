@@ -12,8 +12,10 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <optional>
+#include <string_view>
 #include <tuple>
 
 #include "launch.h"
@@ -91,6 +93,17 @@ Problem problem_of(int64_t tokens, int64_t channels, at::IntArrayRef shapes,
                   static_cast<int>(channels), static_cast<int>(points), static_cast<int>(levels),
                   shapes.data());
   problem.choose_order();
+  return problem;
+}
+
+// How the backward adds to the values' gradient, SPARSE_DETR_BACKWARD: per corner ("direct"), per
+// block first where the kernels can ("aggregated"), or that where blocks fill the device ("auto").
+Problem with_backward_path(Problem problem) {
+  const char* found = std::getenv("SPARSE_DETR_BACKWARD");
+  const std::string_view path = found && *found ? found : "auto";
+  TORCH_CHECK_VALUE(path == "auto" || path == "direct" || path == "aggregated",
+                    "SPARSE_DETR_BACKWARD=", found, " is not one of auto, direct, aggregated");
+  problem.aggregate = path == "aggregated" || (path == "auto" && problem.fills_device());
   return problem;
 }
 
@@ -216,7 +229,7 @@ struct Gradients {
 Gradients backward(const Inputs& in, const Tensor& grad_output, const Tensor& coordinates,
                    const Tensor& shares, bool need_value, bool need_reference,
                    bool need_coordinates, bool need_shares) {
-  const Problem& p = in.problem;
+  const Problem p = with_backward_path(in.problem);
   const auto type = accumulator_of(in.value);
   const bool fused = in.reference.defined();
   check("grad_output", grad_output, {p.images, p.queries, int64_t(p.heads) * p.channels},

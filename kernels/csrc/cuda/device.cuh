@@ -91,6 +91,24 @@ DEVICE T* opaque(T* p) {
   return p;
 }
 
+// Hides how a number came about. Else the compiler splits a product that it was computed with into
+// 64-bit steps at every use.
+DEVICE int opaque(int x) {
+#ifdef __CUDACC__
+  asm("" : "+r"(x));
+#endif
+  return x;
+}
+
+// V 16-bit elements from their words.
+template <typename T, int V>
+DEVICE void unpack(const unsigned* words, float (&x)[V]) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    x[i] = from_bits(static_cast<unsigned short>(words[i / 2] >> (i % 2 * 16)), T());
+  }
+}
+
 // V consecutive elements of read-only memory, aligned to V * sizeof(T) bytes: one load.
 template <typename T, int V, typename A>
 DEVICE void load(const T* p, A (&x)[V]) {
@@ -102,20 +120,37 @@ DEVICE void load(const T* p, A (&x)[V]) {
     x[0] = q.x, x[1] = q.y, x[2] = q.z, x[3] = q.w;
   } else {
     static_assert(sizeof(T) == 2 && (V == 2 || V == 4 || V == 8), "4, 8 or 16 bytes");
-    unsigned words[V / 2];
     if constexpr (V == 8) {
       const uint4 q = __ldg(reinterpret_cast<const uint4*>(p));
-      words[0] = q.x, words[1] = q.y, words[2] = q.z, words[3] = q.w;
+      const unsigned words[4] = {q.x, q.y, q.z, q.w};
+      unpack<T>(words, x);
     } else if constexpr (V == 4) {
       const uint2 q = __ldg(reinterpret_cast<const uint2*>(p));
-      words[0] = q.x, words[1] = q.y;
+      const unsigned words[2] = {q.x, q.y};
+      unpack<T>(words, x);
     } else {
-      words[0] = __ldg(reinterpret_cast<const unsigned*>(p));
+      const unsigned word = __ldg(reinterpret_cast<const unsigned*>(p));
+      unpack<T>(&word, x);
     }
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      x[i] = from_bits(static_cast<unsigned short>(words[i / 2] >> (i % 2 * 16)), T());
-    }
+  }
+}
+
+// The same from shared memory.
+template <typename T, int V>
+DEVICE void load_shared(const T* p, float (&x)[V]) {
+  if constexpr (sizeof(T) == 4) {
+    static_assert(V == 4, "16 bytes");
+    const float4 q = *reinterpret_cast<const float4*>(p);
+    x[0] = q.x, x[1] = q.y, x[2] = q.z, x[3] = q.w;
+  } else if constexpr (V == 8) {
+    const uint4 q = *reinterpret_cast<const uint4*>(p);
+    const unsigned words[4] = {q.x, q.y, q.z, q.w};
+    unpack<T>(words, x);
+  } else {
+    static_assert(sizeof(T) == 2 && V == 4, "8 or 16 bytes");
+    const uint2 q = *reinterpret_cast<const uint2*>(p);
+    const unsigned words[2] = {q.x, q.y};
+    unpack<T>(words, x);
   }
 }
 
@@ -237,10 +272,20 @@ DEVICE void add_to(A* p, const A (&x)[V]) {
 // into `map`; a null map is a gradient that nobody wants.
 template <typename A>
 struct FloatingMap {
+  static constexpr bool kFloating = true;
   A* map;
 
   explicit FloatingMap(const GradientMap& x) : map(static_cast<A*>(x.sum)) {}
   DEVICE void start(const Problem&) {}
+
+  // Sums of one lane before they go to the map: sum += weight * x, and flush.
+  using Sum = A;
+  DEVICE void accumulate(A& sum, A weight, A x) const { sum += weight * x; }
+  template <int V>
+  DEVICE void flush(A* p, const A (&sum)[V]) const {
+    add_to<A, V>(p, sum);
+  }
+
   template <int V>
   DEVICE void add(A* p, const A (&x)[V]) const {
     add_to<A, V>(p, x);
@@ -249,6 +294,7 @@ struct FloatingMap {
 
 template <typename A>
 struct FixedMap {
+  static constexpr bool kFloating = false;
   unsigned long long* map;
   const A* bound;
   double scale;
@@ -258,6 +304,18 @@ struct FixedMap {
   DEVICE void start(const Problem& problem) {
     if (map) scale = FixedPoint(*bound, problem).scale;
   }
+
+  // Every term is rounded for itself, so that the sum is the same however terms meet.
+  using Sum = unsigned long long;
+  DEVICE void accumulate(Sum& sum, A weight, A x) const {
+    sum += static_cast<Sum>(__double2ll_rn(weight * x * scale));
+  }
+  template <int V>
+  DEVICE void flush(Sum* p, const Sum (&sum)[V]) const {
+#pragma unroll
+    for (int v = 0; v < V; ++v) atomicAdd(p + v, sum[v]);
+  }
+
   template <int V>
   DEVICE void add(unsigned long long* p, const A (&x)[V]) const {
 #pragma unroll

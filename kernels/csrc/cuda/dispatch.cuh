@@ -1,6 +1,9 @@
 // From run-time dtypes and head widths to kernel instances, and the launch.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
+
 #include "sampling.cuh"
 
 namespace sparse_detr::cuda {
@@ -65,12 +68,57 @@ cudaError_t for_each_source(const Problem& problem, const Samples& samples, F f)
   return cudaErrorInvalidValue;
 }
 
-// One block per (image, tile of queries, head); kernel(problem, tiles, args...). Blocks shrink for
-// short lists of queries, so that there are enough of them to occupy the device, and where
-// `bytes_per_query` of dynamic shared memory would not fit.
-template <typename W, typename... Params, typename... Args>
-cudaError_t launch(void (*kernel)(Problem, int, Params...), const Problem& problem,
-                   cudaStream_t stream, size_t bytes_per_query, const Args&... args) {
+// Shared memory and L1 are one memory. Asks for as much of it as shared memory as the blocks that
+// fit a multiprocessor can use, and leaves the rest to L1, which the gathers live on. Once per
+// kernel and device; a wish, so its failure is none.
+template <auto kKernel>
+void leave_the_rest_to_l1(int threads, size_t dynamic_bytes) {
+#ifdef __CUDACC__
+  static std::atomic<uint64_t> done{0};
+  int device = 0, blocks = 0, most = 0, reserved = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= 64 || done.load() >> device & 1) return;
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, kKernel) == cudaSuccess &&
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, threads, dynamic_bytes) ==
+          cudaSuccess &&
+      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) ==
+          cudaSuccess &&
+      cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device) ==
+          cudaSuccess) {
+    const size_t bytes = blocks * (attributes.sharedSizeBytes + dynamic_bytes + reserved);
+    const int percent = static_cast<int>(std::min<size_t>(100, (100 * bytes + most - 1) / most));
+    cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, percent);
+  }
+  cudaGetLastError();
+  done.fetch_or(uint64_t(1) << device);
+#endif
+}
+
+// One block per (image, tile of queries, head); kernel(problem, tiles, args...). `groups` is the
+// number of queries of a block where they come as a list.
+template <auto kKernel, typename... Args>
+cudaError_t launch_tiles(const Problem& problem, cudaStream_t stream, int threads, int groups,
+                         size_t dynamic_bytes, const Args&... args) {
+  const int tiles = Tile::number(problem, groups);
+  const int64_t blocks = problem.images * problem.heads * tiles;
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  leave_the_rest_to_l1<kKernel>(threads, dynamic_bytes);
+
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = dynamic_bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kKernel, problem, tiles, args...);
+}
+
+// The same with a group of lanes per query. Blocks shrink for short lists of queries, so that there
+// are enough of them to occupy the device, and where `bytes_per_query` of dynamic shared memory
+// would not fit.
+template <typename W, auto kKernel, typename... Args>
+cudaError_t launch(const Problem& problem, cudaStream_t stream, size_t bytes_per_query,
+                   const Args&... args) {
   constexpr size_t kDynamicBytes = 16 << 10;  // beside at most 32 KB of static shared memory
   const auto blocks = [&](int threads) {
     return problem.images * problem.heads * Tile::number(problem, threads / W::G);
@@ -78,16 +126,8 @@ cudaError_t launch(void (*kernel)(Problem, int, Params...), const Problem& probl
   int threads = kThreads;
   while (threads > 64 && problem.tiled_from < 0 && blocks(threads) < kEnoughBlocks) threads /= 2;
   while (threads > 32 && threads / W::G * bytes_per_query > kDynamicBytes) threads /= 2;
-  if (blocks(threads) == 0) return cudaSuccess;
-  if (blocks(threads) > INT32_MAX) return cudaErrorInvalidConfiguration;
-
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks(threads)));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = threads / W::G * bytes_per_query;
-  config.stream = stream;
-  const int tiles = Tile::number(problem, threads / W::G);
-  return cudaLaunchKernelEx(&config, kernel, problem, tiles, args...);
+  return launch_tiles<kKernel>(problem, stream, threads, threads / W::G,
+                               threads / W::G * bytes_per_query, args...);
 }
 
 // One thread per item.

@@ -83,9 +83,9 @@ cudaError_t forward(const Problem& problem, Dtype dtype, const void* value, cons
   return for_each_width(dtype, problem.channels, [&](auto width) {
     using W = decltype(width);
     return for_each_source<W>(problem, samples, [&](auto source) {
-      return launch<W>(forward_kernel<W, decltype(source)>, problem, stream, 0, source,
-                       static_cast<const typename W::T*>(value),
-                       static_cast<typename W::T*>(output));
+      return launch<W, forward_kernel<W, decltype(source)>>(
+          problem, stream, 0, source, static_cast<const typename W::T*>(value),
+          static_cast<typename W::T*>(output));
     });
   });
 }

@@ -38,7 +38,7 @@ DEVICE A dot(const A (&x)[V], const A (&y)[V]) {
 }
 
 template <typename W, bool kShared>
-__global__ void __launch_bounds__(kThreads, (kShared ? 4 : 2) / W::kWords)
+__global__ void __launch_bounds__(kThreads, (kShared && W::kExact ? 4 : 2) / W::kWords)
     key_aware_forward_kernel(Problem problem, int tiles, Given<typename W::A> source,
                              const typename W::T* __restrict__ query,
                              const typename W::T* __restrict__ key,
@@ -297,12 +297,21 @@ cudaError_t backward_with(const Problem& problem, const void* grad_output, const
                           const Map& grad_value, void* grad_locations, cudaStream_t stream) {
   using T = typename W::T;
   using A = typename W::A;
-  return launch<W>(
-      key ? key_aware_backward_kernel<W, false, Map> : key_aware_backward_kernel<W, true, Map>,
-      problem, stream, 0, Given<A>(samples, problem.points), static_cast<const T*>(grad_output),
-      static_cast<const T*>(output), static_cast<const A*>(lse), static_cast<const T*>(query),
-      static_cast<const T*>(key ? key : value), static_cast<const T*>(value),
-      static_cast<A*>(grad_query), grad_key, grad_value, static_cast<A*>(grad_locations));
+  const auto run = [&](auto launch) {
+    return launch(problem, stream, 0, Given<A>(samples, problem.points),
+                  static_cast<const T*>(grad_output), static_cast<const T*>(output),
+                  static_cast<const A*>(lse), static_cast<const T*>(query),
+                  static_cast<const T*>(key ? key : value), static_cast<const T*>(value),
+                  static_cast<A*>(grad_query), grad_key, grad_value,
+                  static_cast<A*>(grad_locations));
+  };
+  if (key) {
+    return run([](const auto&... x) {
+      return launch<W, key_aware_backward_kernel<W, false, Map>>(x...);
+    });
+  }
+  return run(
+      [](const auto&... x) { return launch<W, key_aware_backward_kernel<W, true, Map>>(x...); });
 }
 
 }  // namespace
@@ -316,10 +325,16 @@ cudaError_t key_aware_forward(const Problem& problem, Dtype dtype, const void* q
     using W = decltype(width);
     using T = typename W::T;
     using A = typename W::A;
-    return launch<W>(key ? key_aware_forward_kernel<W, false> : key_aware_forward_kernel<W, true>,
-                     problem, stream, 0, Given<A>(samples, problem.points),
-                     static_cast<const T*>(query), static_cast<const T*>(key ? key : value),
-                     static_cast<const T*>(value), static_cast<T*>(output), static_cast<A*>(lse));
+    const auto run = [&](auto launch) {
+      return launch(problem, stream, 0, Given<A>(samples, problem.points),
+                    static_cast<const T*>(query), static_cast<const T*>(key ? key : value),
+                    static_cast<const T*>(value), static_cast<T*>(output), static_cast<A*>(lse));
+    };
+    if (key) {
+      return run(
+          [](const auto&... x) { return launch<W, key_aware_forward_kernel<W, false>>(x...); });
+    }
+    return run([](const auto&... x) { return launch<W, key_aware_forward_kernel<W, true>>(x...); });
   });
 }
 

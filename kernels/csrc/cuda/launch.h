@@ -22,6 +22,7 @@ namespace sparse_detr::cuda {
 constexpr int kMaxLevels = 8;
 constexpr int kMaxSamples = 2048;  // L * P
 constexpr int64_t kEnoughBlocks = 512;  // to occupy a large device
+constexpr int kAggregatedSamples = 32;  // L * P, for the aggregated backward
 
 enum class Dtype { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
@@ -44,6 +45,7 @@ struct Problem {
   int tokens, queries, heads, channels, levels, points;
   int tiles;  // of all levels
   int tiled_from;
+  bool aggregate;       // backward: sum the values' gradient per block first, where possible
   unsigned reciprocal;  // ceil(2^28 / P)
   Level level[kMaxLevels];
 
@@ -51,7 +53,7 @@ struct Problem {
   Problem(int64_t images, int queries, int heads, int channels, int points, int levels,
           const int64_t* shapes)
       : images(images), tokens(0), queries(queries), heads(heads), channels(channels),
-        levels(levels), points(points), tiles(0), tiled_from(-1),
+        levels(levels), points(points), tiles(0), tiled_from(-1), aggregate(false),
         reciprocal(static_cast<unsigned>(((1 << 28) + points - 1) / points)) {
     for (int l = 0; l < levels; ++l) {
       const int height = static_cast<int>(shapes[2 * l]);
@@ -73,6 +75,12 @@ struct Problem {
       if (images * heads * (tiles - level[l].tile) >= kEnoughBlocks) tiled_from = l;
       return;
     }
+  }
+
+  // Whether blocks of 64 queries are enough to occupy the device.
+  bool fills_device() const {
+    const int blocks = tiled_from < 0 ? (queries + 63) / 64 : tiles - level[tiled_from].tile;
+    return 2 * images * heads * blocks >= kEnoughBlocks;
   }
 
   HOST_DEVICE int tiles_across(int l) const { return (level[l].width + kTileSide - 1) / kTileSide; }
@@ -123,6 +131,13 @@ cudaError_t forward(const Problem&, Dtype, const void* value, const Samples&, vo
 cudaError_t backward(const Problem&, Dtype, const void* grad_output, const void* value,
                      const Samples&, const GradientMap& grad_value, const SampleGradients&,
                      cudaStream_t);
+
+// The same, with sums in shared memory first. For 16, 32 or 64 channels that are not float64, and
+// kAggregatedSamples; grad_value is wanted. backward() calls it where problem.aggregate is set.
+bool can_aggregate(const Problem&, Dtype);
+cudaError_t backward_aggregated(const Problem&, Dtype, const void* grad_output, const void* value,
+                                const Samples&, const GradientMap& grad_value,
+                                const SampleGradients&, cudaStream_t);
 
 // grad_reference (B, Q, L, 2 or 4) A from the pixel gradients that backward() left behind.
 cudaError_t reference_gradient(const Problem&, Dtype, const void* pixels, const Samples&,

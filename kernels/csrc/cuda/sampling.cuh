@@ -17,7 +17,7 @@ struct Sample {
 
 // The corners of the cell around a sample, in the order (y, x) = 00, 01, 10, 11.
 struct alignas(16) Corners {
-  int at[4];  // first channel of the token, in units of V channels; or -1, outside the map
+  int at[4];  // token times locate()'s stride; or -1, outside the map
 };
 
 template <typename A>
@@ -53,17 +53,20 @@ DEVICE A slope_y(const A (&c)[4], A dx) {
   return (1 - dx) * (c[2] - c[0]) + dx * (c[3] - c[1]);
 }
 
-// Corners and the position in the cell. `stride` is that of tokens, in units of V channels. The
-// comparisons are false for NaN and bound x and y before they become integers.
+// Corners, the position in the cell, and the cell's row and column. `stride` is that of tokens, in
+// the units in which corners are wanted. The comparisons are false for NaN and bound x and y before
+// they become integers.
 template <typename A>
-DEVICE Corners locate(A x, A y, const Level& level, int stride, A& dx, A& dy) {
+DEVICE Corners locate(A x, A y, const Level& level, int stride, A& dx, A& dy, int& row,
+                      int& column) {
   Corners corners{{-1, -1, -1, -1}};
   dx = dy = 0;
+  row = column = 0;
   if (x >= -1 && y >= -1 && x < level.width && y < level.height) {
     const A left = floor(x), top = floor(y);
     dx = x - left;
     dy = y - top;
-    const int column = static_cast<int>(left), row = static_cast<int>(top);
+    column = static_cast<int>(left), row = static_cast<int>(top);
     const bool west = column >= 0, east = column + 1 < level.width;
     const bool north = row >= 0, south = row + 1 < level.height;
     const int at = (level.start + row * level.width + column) * stride;
@@ -74,6 +77,11 @@ DEVICE Corners locate(A x, A y, const Level& level, int stride, A& dx, A& dy) {
     if (south && east) corners.at[3] = below + stride;
   }
   return corners;
+}
+template <typename A>
+DEVICE Corners locate(A x, A y, const Level& level, int stride, A& dx, A& dy) {
+  int row, column;
+  return locate(x, y, level, stride, dx, dy, row, column);
 }
 
 // ---- sources of samples ------------------------------------------------------------------------

@@ -22,7 +22,7 @@ GUARD = 256  # numbers; keeps 16-byte alignment for every dtype
 
 
 def build(folder: Path) -> tuple[ctypes.CDLL, ctypes.CDLL]:
-    """The kernels compiled for the CPU as if for sm_90; and the same with backward.cu for sm_80."""
+    """The kernels compiled for the CPU as if for sm_90; and the same with backwards for sm_80."""
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         raise FileNotFoundError("no C++ compiler")
@@ -44,18 +44,21 @@ def build(folder: Path) -> tuple[ctypes.CDLL, ctypes.CDLL]:
         subprocess.run([compiler, "-shared", "-Wl,-Bsymbolic", *objects, "-o", library], check=True)
         return ctypes.CDLL(str(library), mode=ctypes.RTLD_LOCAL)
 
-    others = [x for x in sorted(CSRC.glob("*.cu")) if x.stem != "backward"] + [HERE / "entry.cpp"]
-    backward = CSRC / "backward.cu"
-    jobs = [(backward, 900), (backward, 800), *((x, 900) for x in others)]
+    backwards = sorted(CSRC.glob("backward*.cu"))
+    others = [*sorted(set(CSRC.glob("*.cu")) - set(backwards)), HERE / "entry.cpp"]
+    jobs = [(x, 900) for x in (*backwards, *others)] + [(x, 800) for x in backwards]
     with ThreadPoolExecutor(2) as pool:
-        of_90, of_80, *rest = pool.map(lambda job: compile(*job), jobs)
-    return link([of_90, *rest], "cuda_on_cpu_90.so"), link([of_80, *rest], "cuda_on_cpu_80.so")
+        objects = list(pool.map(lambda job: compile(*job), jobs))
+    of_90, of_80 = objects[: len(backwards)], objects[-len(backwards) :]
+    rest = objects[len(backwards) : -len(backwards)]
+    return link([*of_90, *rest], "cuda_on_cpu_90.so"), link([*of_80, *rest], "cuda_on_cpu_80.so")
 
 
 class _Sizes(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int64) for n in ("images", "queries", "heads", "channels", "points",
                                               "levels")]  # fmt: skip
-    _fields_ += [("shapes", ctypes.POINTER(ctypes.c_int64)), ("tiled_from", ctypes.c_int)]
+    _fields_ += [("shapes", ctypes.POINTER(ctypes.c_int64)), ("tiled_from", ctypes.c_int),
+                 ("aggregate", ctypes.c_int)]  # fmt: skip
 
 
 class _Samples(ctypes.Structure):
@@ -81,6 +84,11 @@ class CudaOnCpu:
 
     def __init__(self, library: ctypes.CDLL):
         self.library = library
+        library.vector_reductions.restype = ctypes.c_int64
+
+    def vector_reductions(self) -> int:
+        """Additions of four floats to memory, of all lanes and calls so far."""
+        return self.library.vector_reductions()
 
     def ms_deform_attn(self, value, shapes, locations, weights, tiled_from=-1, descending=False):
         call = _Call(self, value, shapes, locations, tiled_from, descending)
@@ -93,8 +101,9 @@ class CudaOnCpu:
         return call.forward(call.fused(reference, offsets, logits))
 
     def ms_deform_attn_backward(self, grad_output, value, shapes, locations, weights, tiled_from=-1,
-                                descending=False, deterministic=False):  # fmt: skip
-        call = _Call(self, value, shapes, locations, tiled_from, descending)
+                                descending=False, deterministic=False,
+                                aggregate=False):  # fmt: skip
+        call = _Call(self, value, shapes, locations, tiled_from, descending, aggregate)
         found = _SampleGradients()
         grad_locations, found.locations = call.output(locations)
         grad_weights, found.weights = call.output(weights)
@@ -106,8 +115,8 @@ class CudaOnCpu:
 
     def ms_deform_attn_fused_backward(self, grad_output, value, shapes, reference, offsets,
                                       logits, tiled_from=-1, descending=False,
-                                      deterministic=False):  # fmt: skip
-        call = _Call(self, value, shapes, offsets, tiled_from, descending)
+                                      deterministic=False, aggregate=False):  # fmt: skip
+        call = _Call(self, value, shapes, offsets, tiled_from, descending, aggregate)
         found = _SampleGradients()
         grad_offsets, found.offsets = call.output(offsets)
         grad_logits, found.logits = call.output(logits)
@@ -184,12 +193,12 @@ class _Guarded:
 
 
 class _Call:
-    def __init__(self, owner, value, shapes, samples, tiled_from, descending):
+    def __init__(self, owner, value, shapes, samples, tiled_from, descending, aggregate=False):
         B, _, M, D = value.shape
         _, Q, _, L, P, _ = samples.shape
         flat = [x for pair in shapes for x in pair]
         self.shapes = (ctypes.c_int64 * len(flat))(*flat)
-        self.sizes = _Sizes(B, Q, M, D, P, L, self.shapes, tiled_from)
+        self.sizes = _Sizes(B, Q, M, D, P, L, self.shapes, tiled_from, aggregate)
         self.library, self.value, self.descending = owner.library, value, descending
         self.alive = []
 

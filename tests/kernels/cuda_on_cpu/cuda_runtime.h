@@ -3,8 +3,9 @@
 //
 // A warp is 32 fibers. Each runs alone until it reaches a warp-wide operation (__syncwarp, a
 // shuffle) and waits there for the others; a lane that leaves the kernel while others wait is an
-// error. Lanes run in ascending or descending order (`descending`): code that lacks a barrier sees
-// stale shared memory in one of the two. Warps and blocks run one after the other. Addresses of
+// error. A warp runs alone until all its lanes reach __syncthreads or the end; then the next warp
+// runs. Lanes and warps run in ascending or descending order (`descending`): code that lacks a
+// barrier sees stale shared memory in one of the two. Blocks run one after the other. Addresses of
 // vector loads and reductions must be aligned as on the device.
 #pragma once
 
@@ -71,33 +72,36 @@ namespace emulator {
   std::abort();
 }
 
+enum Wait { kWarpWide, kBlockWide, kFinished };  // what a lane waits for
+
 struct Lane {
   jmp_buf resume;
   uint64_t exchanged[2];  // two in turn: one wait per shuffle is enough
   unsigned shuffles;
-  bool finished;
+  Wait waits;
 };
 
-inline constexpr int kWarp = 32;
+inline constexpr unsigned kWarp = 32, kMostThreads = 1024;
 inline constexpr size_t kStack = 64 << 10;
-inline Lane lanes[kWarp];
-inline char* stacks;
+inline Lane lanes[kMostThreads];
+inline char* stacks[kMostThreads];
 inline jmp_buf scheduler;
 inline Lane* current;
 inline bool descending = false;
+inline int64_t vector_reductions = 0;  // so far
 inline std::function<void()> body;
 
-// Back to the scheduler, until all lanes of the warp have come this far. (_setjmp and _longjmp
-// make no system call, unlike swapcontext.)
-inline void wait() {
+// Back to the scheduler, until all lanes of the warp or block have come this far. (_setjmp and
+// _longjmp make no system call, unlike swapcontext.)
+inline void wait(Wait what) {
+  current->waits = what;
   if (!_setjmp(current->resume)) _longjmp(scheduler, 1);
 }
 
 inline void enter() {
   for (;;) {
-    wait();
+    wait(kFinished);
     body();
-    current->finished = true;
   }
 }
 
@@ -106,41 +110,56 @@ inline void resume(Lane& lane) {
   if (!_setjmp(scheduler)) _longjmp(lane.resume, 1);
 }
 
-inline void start_lanes() {
-  stacks = new char[kWarp * kStack];
-  for (int i = 0; i < kWarp; ++i) {
-    current = &lanes[i];
-    ucontext_t context;
-    getcontext(&context);
-    context.uc_stack.ss_sp = stacks + i * kStack;
-    context.uc_stack.ss_size = kStack;
-    makecontext(&context, enter, 0);
-    if (!_setjmp(scheduler)) setcontext(&context);
+inline void start_lane(unsigned i) {
+  stacks[i] = new char[kStack];
+  current = &lanes[i];
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = stacks[i];
+  context.uc_stack.ss_size = kStack;
+  makecontext(&context, enter, 0);
+  if (!_setjmp(scheduler)) setcontext(&context);
+}
+
+// Runs a warp from one warp-wide operation to the next, until its lanes wait for the block or have
+// finished.
+inline Wait run_warp(unsigned first) {
+  for (;;) {
+    for (unsigned i = 0; i < kWarp; ++i) {
+      const unsigned lane = first + (descending ? kWarp - 1 - i : i);
+      threadIdx = dim3(lane, 0, 0);
+      resume(lanes[lane]);
+    }
+    const Wait waits = lanes[first].waits;
+    for (unsigned i = 0; i < kWarp; ++i) {
+      if (lanes[first + i].waits != waits) fail("lanes of a warp meet different barriers");
+    }
+    if (waits != kWarpWide) return waits;
   }
 }
 
-inline void run_warp(unsigned first_thread) {
-  if (stacks == nullptr) start_lanes();
-  for (Lane& lane : lanes) lane.finished = false;
-  for (int finished = 0; finished < kWarp;) {  // from one warp-wide operation to the next
-    finished = 0;
-    for (int i = 0; i < kWarp; ++i) {
-      const int lane = descending ? kWarp - 1 - i : i;
-      threadIdx = dim3(first_thread + lane, 0, 0);
-      if (!lanes[lane].finished) resume(lanes[lane]);
-      finished += lanes[lane].finished;
+// Runs a block from one __syncthreads to the next.
+inline void run_block(unsigned threads) {
+  for (unsigned i = 0; i < threads; ++i) {
+    if (stacks[i] == nullptr) start_lane(i);
+  }
+  const unsigned warps = threads / kWarp;
+  for (Wait waits = kBlockWide; waits != kFinished;) {
+    for (unsigned i = 0; i < warps; ++i) {
+      const Wait found = run_warp(kWarp * (descending ? warps - 1 - i : i));
+      if (i > 0 && found != waits) fail("warps of a block meet different barriers");
+      waits = found;
     }
-    if (finished != 0 && finished != kWarp) fail("lanes of a warp meet different barriers");
   }
 }
 
 template <typename T>
-T exchange(T x, int from) {
+T exchange(T x, unsigned from) {  // a lane of the same warp
   static_assert(sizeof(T) <= 8);
   const unsigned slot = current->shuffles++ % 2;
   std::memcpy(&current->exchanged[slot], &x, sizeof(T));
-  wait();
-  std::memcpy(&x, &lanes[from].exchanged[slot], sizeof(T));
+  wait(kWarpWide);
+  std::memcpy(&x, &lanes[threadIdx.x / kWarp * kWarp + from].exchanged[slot], sizeof(T));
   return x;
 }
 
@@ -152,19 +171,34 @@ T* aligned(T* p) {
 
 }  // namespace emulator
 
-inline void __syncwarp() { emulator::wait(); }
+inline void __syncwarp() { emulator::wait(emulator::kWarpWide); }
+inline void __syncthreads() { emulator::wait(emulator::kBlockWide); }
 template <typename T>
-T __shfl_xor_sync(unsigned, T x, int mask) {
+T __shfl_sync(unsigned, T x, unsigned lane) {
+  return emulator::exchange(x, lane);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T x, unsigned mask) {
   return emulator::exchange(x, threadIdx.x % emulator::kWarp ^ mask);
+}
+template <typename T>
+T __shfl_up_sync(unsigned, T x, unsigned step) {
+  const unsigned lane = threadIdx.x % emulator::kWarp;
+  return emulator::exchange(x, lane < step ? lane : lane - step);
 }
 
 template <typename T>
 T __ldg(const T* p) { return *emulator::aligned(p); }
 
 template <typename T>
-void atomicAdd(T* p, T x) { *emulator::aligned(p) += x; }
+T atomicAdd(T* p, T x) {
+  const T before = *emulator::aligned(p);
+  *p += x;
+  return before;
+}
 inline void atomicAdd(float4* p, float4 x) {
   emulator::aligned(p);
+  ++emulator::vector_reductions;
   p->x += x.x, p->y += x.y, p->z += x.z, p->w += x.w;
 }
 
@@ -180,7 +214,7 @@ template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                Args&&... args) {
   using namespace emulator;
-  if (config->blockDim.x % kWarp || config->blockDim.x > 1024 || config->gridDim.x == 0) {
+  if (config->blockDim.x % kWarp || config->blockDim.x > kMostThreads || config->gridDim.x == 0) {
     return cudaErrorInvalidConfiguration;
   }
   if (config->dynamicSmemBytes > sizeof(sparse_detr::cuda::dynamic_memory)) {
@@ -192,7 +226,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   for (unsigned block = 0; block < config->gridDim.x; ++block) {
     blockIdx = dim3(block, 0, 0);
     for (double& x : sparse_detr::cuda::dynamic_memory) x = NAN;
-    for (unsigned thread = 0; thread < blockDim.x; thread += kWarp) run_warp(thread);
+    run_block(blockDim.x);
   }
   return cudaSuccess;
 }

@@ -8,7 +8,7 @@ extern "C" {
 struct Sizes {
   int64_t images, queries, heads, channels, points, levels;
   const int64_t* shapes;
-  int tiled_from;
+  int tiled_from, aggregate;
 };
 
 static Problem problem_of(const Sizes& s) {
@@ -16,10 +16,13 @@ static Problem problem_of(const Sizes& s) {
             static_cast<int>(s.channels), static_cast<int>(s.points), static_cast<int>(s.levels),
             s.shapes);
   p.tiled_from = s.tiled_from;
+  p.aggregate = s.aggregate;
   return p;
 }
 
 void set_descending(int descending) { emulator::descending = descending; }
+
+int64_t vector_reductions() { return emulator::vector_reductions; }
 
 int level_of(int points, int sample) {
   const int64_t shape[2] = {1, 1};

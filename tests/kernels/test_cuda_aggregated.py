@@ -1,0 +1,175 @@
+"""The backward that sums per block before it adds to memory, on the CPU (see test_cuda_on_cpu.py)."""
+
+import pytest
+import torch
+
+from sparse_detr.kernels import reference as plain
+
+from .cuda_on_cpu import CudaOnCpu
+from .cuda_on_cpu.problems import (
+    SHAPES,
+    TOLERANCE,
+    accumulator,
+    assert_close,
+    expected_gradients,
+    fused,
+    given,
+    side_tolerance,
+)
+
+# The widths with vector lanes; 8, 24 and float64 take the direct path.
+WIDTHS = [
+    (torch.float32, 16), (torch.float32, 32), (torch.float32, 64), (torch.bfloat16, 16),
+    (torch.bfloat16, 32), (torch.bfloat16, 64), (torch.float16, 32), (torch.float32, 8),
+    (torch.bfloat16, 24), (torch.float64, 32),
+]  # fmt: skip
+# One level larger than a window and one that fits it whole; queries of the coarser one look at a
+# level twice as fine.
+LARGE = [(61, 70), (31, 35)]
+
+
+@pytest.mark.parametrize("dtype, channels", WIDTHS, ids=str)
+def test_given_samples(cuda, dtype, channels):
+    inputs = given(dtype, channels, queries=75)  # a full block and a part of one
+    grad_output = torch.randn(2, 75, 3 * channels).to(dtype)
+    gradients = expected_gradients(plain.ms_deform_attn, inputs, grad_output)[1]
+    for descending in (False, True):
+        value, *sides = cuda.ms_deform_attn_backward(
+            grad_output, *inputs, descending=descending, aggregate=True
+        )
+        assert_close(value, gradients[0], TOLERANCE[dtype])
+        for x, y in zip(sides, gradients[1:], strict=True):
+            assert_close(x, y, side_tolerance(accumulator(dtype)))
+
+
+@pytest.mark.parametrize("boxes", [False, True], ids=["points", "boxes"])
+@pytest.mark.parametrize("dtype, channels", WIDTHS, ids=str)
+def test_fused_samples(cuda, dtype, channels, boxes):
+    for offset_dtype in {accumulator(dtype), dtype}:
+        inputs = fused(dtype, channels, boxes, queries=65, heads=2, offset_dtype=offset_dtype)
+        grad_output = torch.randn(2, 65, 2 * channels).to(dtype)
+        gradients = expected_gradients(plain.ms_deform_attn_fused, inputs, grad_output)[1]
+        found = cuda.ms_deform_attn_fused_backward(grad_output, *inputs, aggregate=True)
+        assert_close(found[0], gradients[0], TOLERANCE[dtype])
+        assert_close(found[1], gradients[1], side_tolerance(accumulator(dtype)))
+        for x, y in zip(found[2:], gradients[2:], strict=True):
+            assert_close(x, y, side_tolerance(offset_dtype))
+
+
+@pytest.mark.parametrize("shapes, tiled_from", [(SHAPES, 0), (SHAPES, 1), (LARGE, 1), (LARGE, -1)],
+                         ids=["all levels", "last levels", "windows", "no windows"])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tiles(cuda, dtype, shapes, tiled_from):
+    """Samples in, around and far from the windows of their tiles."""
+    queries = sum(h * w for h, w in shapes[max(tiled_from, 0) :])
+    if tiled_from < 0:
+        queries = 100
+    inputs = given(dtype, 16, queries=queries, heads=1, shapes=shapes)
+    grad_output = torch.randn(2, queries, 16).to(dtype)
+    gradients = expected_gradients(plain.ms_deform_attn, inputs, grad_output)[1]
+    found = cuda.ms_deform_attn_backward(
+        grad_output, *inputs, tiled_from=tiled_from, aggregate=True
+    )
+    assert_close(found[0], gradients[0], TOLERANCE[dtype])
+    for x, y in zip(found[1:], gradients[1:], strict=True):
+        assert_close(x, y, side_tolerance(accumulator(dtype)))
+
+
+@pytest.mark.parametrize("levels, points", [(1, 1), (8, 1), (1, 5), (3, 7), (8, 4), (2, 17)])
+def test_any_number_of_samples(cuda, levels, points):
+    """One; fewer and more than a pass takes; the most, and more than that (the direct path)."""
+    shapes = [(3 + level, 9 - level) for level in range(levels)]
+    inputs = fused(torch.float32, 32, True, queries=66, heads=2, points=points, shapes=shapes)
+    grad_output = torch.randn(2, 66, 64)
+    gradients = expected_gradients(plain.ms_deform_attn_fused, inputs, grad_output)[1]
+    found = cuda.ms_deform_attn_fused_backward(grad_output, *inputs, aggregate=True)
+    for x, y in zip(found[:3], gradients[:3], strict=True):
+        assert_close(x, y, 1e-5)
+    if levels * points > 1:  # a single sample has weight 1, whatever its logit
+        assert_close(found[3], gradients[3], 1e-5)
+
+
+def test_all_samples_on_one_pixel(cuda):
+    """The longest runs: 256 contributions of a pass to each of four tokens."""
+    value, shapes, locations, weights = given(torch.float32, 32, queries=64, heads=1)
+    locations[:] = torch.tensor([0.4, 0.6])
+    grad_output = torch.randn(2, 64, 32)
+    gradients = expected_gradients(
+        plain.ms_deform_attn, (value, shapes, locations, weights), grad_output
+    )[1]
+    found = cuda.ms_deform_attn_backward(
+        grad_output, value, shapes, locations, weights, aggregate=True
+    )
+    for x, y in zip(found, gradients, strict=True):
+        assert_close(x, y, 1e-5)
+
+
+def test_outside_and_nonfinite(cuda):
+    """As on the direct path: bad coordinates give nothing, and NaN nobody samples stays away."""
+    value, shapes, locations, weights = given(torch.float32, 32, queries=70)
+    locations[:, 0] = float("nan")
+    locations[:, 1, ..., 0] = float("inf")
+    locations[:, 2, ..., 1] = -1e30
+    locations[:, 3:] = 0.5 / torch.tensor([9.0, 7.0])  # the first pixel of level 1
+    locations[:, 3:, :, [0, 2]] = 5.0
+    first = shapes[0][0] * shapes[0][1]
+    corners = [first, first + 1, first + 9, first + 10]
+    poisoned = torch.full_like(value, float("nan"))
+    poisoned[:, corners] = value[:, corners]
+    grads = cuda.ms_deform_attn_backward(
+        torch.randn(2, 70, 96), poisoned, shapes, locations, weights, aggregate=True
+    )
+    assert not any(g.isnan().any() for g in grads)
+    assert all(g[:, :3].abs().sum() == 0 for g in grads[1:])
+    others = [n for n in range(value.shape[1]) if n not in corners]
+    assert grads[0][:, others].abs().sum() == 0 and grads[0][:, first].abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_deterministic_sums_are_those_of_the_direct_path(cuda, dtype):
+    """In fixed point it does not matter where terms meet: the same bits on both paths."""
+    inputs = given(dtype, 32, queries=130, heads=2)
+    grad_output = torch.randn(2, 130, 64).to(dtype)
+    direct, aggregated = (
+        cuda.ms_deform_attn_backward(grad_output, *inputs, deterministic=True, aggregate=aggregate)
+        for aggregate in (False, True)
+    )
+    assert torch.equal(direct[0], aggregated[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_scalar_reductions_of_earlier_devices(libraries, dtype):
+    inputs = given(dtype, 32, queries=70)
+    grad_output = torch.randn(2, 70, 96).to(dtype)
+    expected = expected_gradients(plain.ms_deform_attn, inputs, grad_output)[1]
+    found = CudaOnCpu(libraries[1]).ms_deform_attn_backward(grad_output, *inputs, aggregate=True)
+    assert_close(found[0], expected[0], TOLERANCE[dtype])
+
+
+def test_memory_sees_a_fraction_of_the_contributions(cuda):
+    """An encoder as initialised: points 1 to 4 pixels away in the direction of their head, noise 1.
+
+    One reduction per token and group, not per corner: less than a fourth of the direct path's.
+    """
+    shapes, heads, points = [(40, 56), (20, 28), (10, 14), (5, 7)], 2, 4
+    queries = sum(h * w for h, w in shapes)
+    reference = torch.cat([
+        torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w)
+        for h, w in shapes
+    ]).flip(-1)  # fmt: skip
+    size = torch.tensor([(w, h) for h, w in shapes])[:, None]
+    steps = torch.arange(1.0, points + 1)[:, None] * torch.tensor([[[1.0, 0.0]], [[-1.0, 1.0]]])
+    offsets = torch.randn(queries, heads, 4, points, 2) + steps[None, :, None]
+    locations = (reference[:, None, None, None] + offsets / size)[None]
+    value = torch.randn(1, queries, heads, 16)
+    weights = torch.rand(locations.shape[:-1])
+    grad_output = torch.randn(1, queries, heads * 16)
+    counts, grads = [], []
+    for aggregate in (False, True):
+        before = cuda.vector_reductions()
+        grads.append(cuda.ms_deform_attn_backward(
+            grad_output, value, shapes, locations, weights, tiled_from=0, aggregate=aggregate
+        )[0])  # fmt: skip
+        counts.append(cuda.vector_reductions() - before)
+    assert_close(grads[1], grads[0].double(), 1e-5)
+    assert counts[1] < counts[0] / 4, counts

@@ -1,0 +1,50 @@
+"""tools/gpu_check.sh, rehearsed without a GPU: the same scripts on the CPU with small sizes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "tools" / "gpu_check.sh"
+
+
+def rehearse(target, *arguments):
+    done = subprocess.run(
+        [SCRIPT, "--dry-run", *arguments], capture_output=True, text=True,
+        env={**os.environ, "OUT": str(target), "PYTHON": sys.executable},
+    )  # fmt: skip
+    summary = json.loads((target / "gpu_check.json").read_text())
+    return done, {x["name"]: x for x in summary["stages"]}, summary
+
+
+@pytest.mark.slow
+def test_rehearsal(tmp_path):
+    """All but the build (test_cuda_compile.py compiles the same sources) and the whole models."""
+    done, stages, summary = rehearse(tmp_path, "--skip", "build,op_bf16,model")
+    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()
+    assert {n: x["state"] for n, x in stages.items()} == {
+        "machine": "passed", "packages": stages["packages"]["state"], "tests": "passed",
+        "targets": "passed", "micro": stages["micro"]["state"], "peers": "skipped", "op": "passed",
+        "memcheck": "passed", "racecheck": "skipped",
+    }  # fmt: skip
+    assert stages["micro"]["state"] == "passed" or "no nvcc" in stages["micro"]["last line"]
+    assert summary["op"]["results"] and summary["targets"]["results"]
+    assert not any(x["verdict"] for x in summary["targets"]["results"])  # a CPU meets no target
+    assert "no number below is a GPU's" in (tmp_path / "gpu_check.md").read_text()
+
+
+def test_a_failing_stage_stops_no_other_and_is_reported(tmp_path):
+    """No time is left for the first stage that would need more than the budget."""
+    done, stages, _ = rehearse(tmp_path, "--only", "machine,packages", "--budget", "0")
+    assert done.returncode == 1
+    assert [x["state"] for x in stages.values()] == ["timed out", "timed out"]
+    assert "no time left" in (tmp_path / "log.txt").read_text()
+
+
+def test_an_unknown_flag_shows_the_usage():
+    done = subprocess.run([SCRIPT, "--fast"], capture_output=True, text=True)
+    assert done.returncode == 2 and "tools/gpu_check.sh --dry-run" in done.stdout

@@ -1,0 +1,119 @@
+"""Collects what a machine without a package index lacks, and makes it importable there.
+
+python tools/gpu/pack.py FOLDER               collect from this environment, into FOLDER
+python tools/gpu/pack.py --use FOLDER/site TARGET   link into TARGET what is not installed here
+
+Pure-Python packages are copied from this environment, so the copy is of versions that work together.
+pycocotools has compiled code: its wheel for PYTHON_VERSION (3.12) is downloaded. Of detectron2 the
+Python part is enough. FOLDER/peers receives sources of other implementations, to compare with.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+# Distribution: its top-level names.
+PURE = {
+    "detectron2": ["detectron2"], "fvcore": ["fvcore"], "iopath": ["iopath"],
+    "antlr4-python3-runtime": ["antlr4"], "omegaconf": ["omegaconf"], "hydra-core": ["hydra"],
+    "yacs": ["yacs"], "portalocker": ["portalocker"], "tabulate": ["tabulate"],
+    "termcolor": ["termcolor"], "cloudpickle": ["cloudpickle"], "pytest": ["pytest", "_pytest"],
+    "pluggy": ["pluggy"], "iniconfig": ["iniconfig"], "pygments": ["pygments"],
+    "packaging": ["packaging"],
+}  # fmt: skip
+COMPILED = ["pycocotools==2.0.11"]
+PLATFORMS = ["manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64",
+             "manylinux2014_x86_64", "manylinux1_x86_64"]  # fmt: skip
+PEERS = ["torch-ms-deform-attn==0.1.1"]
+
+
+def copy_distribution(name: str, tops: list[str], site: Path) -> str:
+    """Its modules and metadata, without compiled code and caches. Returns the version."""
+    for top in tops:
+        origin = Path(importlib.util.find_spec(top).origin)
+        if origin.name == "__init__.py":
+            ignore = shutil.ignore_patterns("*.so", "__pycache__", "csrc")
+            shutil.copytree(origin.parent, site / top, ignore=ignore, dirs_exist_ok=True)
+        else:
+            shutil.copy(origin, site / origin.name)
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # from a source tree
+        return "(no metadata)"
+    metadata = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    metadata.mkdir(exist_ok=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    return version
+
+
+def pip(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "pip", "-q", *arguments], check=True)
+
+
+def collect(folder: Path) -> None:
+    site, peers = folder / "site", folder / "peers"
+    shutil.rmtree(folder, ignore_errors=True)
+    site.mkdir(parents=True)
+    peers.mkdir()
+    for name, tops in PURE.items():
+        print(f"{name} {copy_distribution(name, tops, site)}")
+    version = os.environ.get("PYTHON_VERSION", "3.12")
+    with tempfile.TemporaryDirectory() as scratch:
+        platforms = [x for p in PLATFORMS for x in ("--platform", p)]
+        pip("download", "--no-deps", "--only-binary=:all:", "--implementation", "cp",
+            "--python-version", version, *platforms, "-d", scratch, *COMPILED)  # fmt: skip
+        for wheel in sorted(Path(scratch).glob("*.whl")):
+            zipfile.ZipFile(wheel).extractall(site)
+            print(wheel.name)
+    for peer in PEERS:
+        try:
+            pip("download", "--no-deps", "--no-binary=:all:", "--no-build-isolation", "-d",
+                str(peers), peer)  # fmt: skip
+            print(f"{peer}, to build there")
+        except subprocess.CalledProcessError:
+            print(f"{peer}: could not be downloaded, the comparison goes without it")
+    size = sum(x.stat().st_size for x in folder.rglob("*") if x.is_file())
+    print(f"{folder}: {size / 1e6:.1f} MB")
+
+
+def use(site: Path, target: Path) -> int:
+    target.mkdir(parents=True, exist_ok=True)
+    if not site.is_dir():
+        print(f"nothing carried along ({site} does not exist): what is installed has to do")
+        return 77
+    used = []
+    for entry in sorted(site.iterdir()):
+        module = entry.name.split(".")[0]
+        if entry.suffix == ".dist-info":
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                importlib.metadata.version(entry.stem.rpartition("-")[0].replace("_", "-"))
+                continue  # installed here
+            (target / entry.name).symlink_to(entry.resolve())
+        elif importlib.util.find_spec(module) is None:
+            (target / entry.name).symlink_to(entry.resolve())
+            used.append(module)
+    print("carried along and used:", ", ".join(used) or "nothing, all is installed")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--use", action="store_true")
+    parser.add_argument("folders", nargs="+", type=Path)
+    args = parser.parse_args()
+    if args.use:
+        return use(*args.folders)
+    collect(*args.folders)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+#!/usr/bin/env bash
+# Everything a machine with a GPU can tell about the CUDA kernels, in one command of under 10 minutes.
+#
+#   tools/gpu_check.sh             needs torch with CUDA and nvcc; nothing is downloaded
+#   tools/gpu_check.sh --dry-run   without a GPU: builds for sm_90, runs the same scripts on the CPU
+#   tools/gpu_check.sh --pack      on a machine with detectron2: collects in .gpu_check/ what a bare
+#                                  machine lacks (git ignores the folder: carry it along)
+#   --only A,B  --skip A,B         stages, by name
+#   --budget SECONDS               of the whole run (570)
+#
+# Writes gpu_check.md, gpu_check.json and log.txt to $OUT, else to docs/benchmarks/gpu (dry run: to a
+# temporary folder). Every stage has a time limit, and one that fails
+# does not stop the others. Exit status: 0 if none failed. PYTHON chooses the interpreter.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+DRY= ONLY= SKIP= BUDGET=570 PACK=
+while [ $# -gt 0 ]; do
+  case $1 in
+    --dry-run) DRY=1 ;;
+    --pack) PACK=1 ;;
+    --only) ONLY=$2; shift ;;
+    --skip) SKIP=$2; shift ;;
+    --budget) BUDGET=$2; shift ;;
+    *) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; exit 2 ;;
+  esac
+  shift
+done
+if [ -z "${PYTHON:-}" ]; then
+  PYTHON=python3
+  [ -x .venv/bin/python ] && PYTHON=$PWD/.venv/bin/python
+fi
+if [ -n "$PACK" ]; then exec "$PYTHON" tools/gpu/pack.py .gpu_check; fi
+
+SCRATCH=$(mktemp -d)
+trap 'rm -rf "$SCRATCH"' EXIT
+TARGET=${OUT:-docs/benchmarks/gpu} RESULTS=$SCRATCH/results
+[ -n "$DRY" ] && TARGET=${OUT:-$SCRATCH/out}
+mkdir -p "$TARGET" "$RESULTS"
+LOG=$TARGET/log.txt STAGES=$SCRATCH/stages.tsv
+: >"$LOG"; : >"$STAGES"
+DEVICE=cuda; [ -n "$DRY" ] && DEVICE=cpu
+export DRY PYTHON SCRATCH RESULTS DEVICE PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD/projects:$SCRATCH/site PYTHONDONTWRITEBYTECODE=1
+if [ -n "$DRY" ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}; fi
+
+wanted() { # NAME
+  case ,$SKIP, in *,"$1",*) return 1 ;; esac
+  case $ONLY in '') return 0 ;; esac
+  case ,$ONLY, in *,"$1",*) return 0 ;; *) return 1 ;; esac
+}
+
+# Runs the function NAME. It exits with 77 to say that it does not apply; its last line says why.
+stage() { # NAME SECONDS
+  local name=$1 limit=$2 left=$((BUDGET - SECONDS)) begin=$SECONDS code output=$SCRATCH/$1.log state
+  wanted "$name" || return 0
+  [ "$limit" -gt "$left" ] && limit=$left
+  if [ "$limit" -lt 5 ]; then
+    code=124; echo 'no time left' >"$output"
+  else
+    timeout --kill-after=5 "$limit" bash -c "set -eo pipefail; run_$name" >"$output" 2>&1 </dev/null
+    code=$?
+  fi
+  case $code in 0) state=passed ;; 77) state=skipped ;; 124 | 137) state='timed out' ;; *) state=failed ;; esac
+  { echo "==== $name: $state ($code)"; cat "$output"; } >>"$LOG"
+  printf '%s\t%s\t%s\t%s\n' "$name" "$state" "$((SECONDS - begin))" \
+    "$(grep -v '^\s*$' "$output" | tail -n 1 | cut -c1-300 | tr '\t' ' ')" >>"$STAGES"
+  printf '%-12s %-9s %4d s  ' "$name" "$state" "$((SECONDS - begin))"
+  if [ "$state" = passed ]; then tail -n 1 "$STAGES" | cut -f4 | cut -c1-90; else tail -n 8 "$output"; fi
+}
+
+skip() { echo "$*"; exit 77; }
+export -f skip
+
+run_machine() { "$PYTHON" tools/gpu/machine.py "$RESULTS/machine.json"; }
+
+run_packages() { # only what is not here already
+  "$PYTHON" tools/gpu/pack.py --use .gpu_check/site "$SCRATCH/site"
+}
+
+run_build() {
+  [ -n "$DRY" ] && export TORCH_CUDA_ARCH_LIST=9.0
+  SPARSE_DETR_OPS=cuda MAX_JOBS=${MAX_JOBS:-8} "$PYTHON" -m sparse_detr.kernels
+}
+
+run_tests() {
+  "$PYTHON" -m pytest -q --tb=short --maxfail=20 -p no:cacheprovider tests/kernels/test_device.py \
+    -k "$DEVICE${DRY:+ and float32}"
+}
+
+run_peers() { # each beside ours, never instead of it: a peer that does not build fails only here
+  ls .gpu_check/peers/*.tar.gz >/dev/null 2>&1 || skip 'no peers in .gpu_check/peers'
+  [ -n "$DRY" ] && skip 'built only where there is a GPU'
+  export FORCE_CUDA=1 MAX_JOBS=${MAX_JOBS:-8}
+  "$PYTHON" -m pip install -q --no-index --no-deps --no-build-isolation --no-compile \
+    --target "$SCRATCH/site" .gpu_check/peers/*.tar.gz
+  "$PYTHON" -c 'import torch_ms_deform_attn as m; print("built", m.__name__, getattr(m, "__version__", ""))'
+}
+
+sanitize() { # TOOL
+  if [ -n "$DRY" ]; then "$PYTHON" tools/gpu/small.py --device cpu; return; fi
+  command -v compute-sanitizer >/dev/null || skip 'no compute-sanitizer'
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
+    --kernel-name kernel_substring=sparse_detr "$PYTHON" tools/gpu/small.py --device cuda
+}
+run_memcheck() { sanitize memcheck; }
+run_racecheck() {
+  [ -n "$DRY" ] && skip 'memcheck has rehearsed it'
+  sanitize racecheck
+}
+export -f sanitize
+
+run_micro() {
+  local nvcc=${CUDA_HOME:-/usr/local/cuda}/bin/nvcc
+  [ -x "$nvcc" ] || nvcc=$(command -v nvcc) || skip 'no nvcc'
+  "$nvcc" -O3 -std=c++17 -arch="$([ -n "$DRY" ] && echo sm_90 || echo native)" \
+    tools/gpu/micro.cu -o "$SCRATCH/micro"
+  if [ -n "$DRY" ]; then echo 'compiled for sm_90'; return; fi
+  "$SCRATCH/micro" "$RESULTS/micro.json"
+}
+
+run_targets() {
+  "$PYTHON" tools/gpu/targets.py --device "$DEVICE" --json "$RESULTS/targets.json" \
+    ${DRY:+--scale 0.08 --rounds 2 --kinds dense 'decoder 300'}
+}
+
+benchmark() { # FILE ARGUMENTS...
+  [ -f tools/benchmark.py ] || skip 'no tools/benchmark.py'
+  local file=$1; shift
+  "$PYTHON" tools/benchmark.py "$@" --device "$DEVICE" --json "$RESULTS/$file.json"
+}
+export -f benchmark
+run_op() { benchmark op op ${DRY:+--scale 0.1 --rounds 2 --kinds dense 'decoder 300'}; }
+run_op_bf16() { benchmark op_bf16 op --dtype bfloat16 ${DRY:+--scale 0.1 --rounds 2 --kinds 'decoder 300'}; }
+run_model() {
+  "$PYTHON" -c 'import detectron2' 2>/dev/null || skip 'no detectron2 (tools/gpu_check.sh --pack)'
+  local sparse=sparse_detr/sparse_detr_r50_10_50ep
+  if [ -n "$DRY" ]; then benchmark model model --size 64x64 --rounds 2 $sparse; return; fi
+  benchmark model model 'Deformable DETR=deformable_detr/deformable_detr_r50_efficient_50ep' \
+    "Sparse DETR 10 %=$sparse" "Sparse DETR 30 %=$sparse model.transformer.encoder.keep_ratio=0.3"
+}
+export -f run_machine run_packages run_build run_tests run_peers run_memcheck run_racecheck run_micro \
+  run_targets run_op run_op_bf16 run_model
+
+stage machine 30
+stage packages 30
+stage build $([ -n "$DRY" ] && echo 420 || echo 240)
+stage tests 120
+stage targets 60
+stage micro 60
+stage peers 150
+stage op 100
+stage op_bf16 60
+stage model 120
+stage memcheck 60
+stage racecheck 60
+"$PYTHON" tools/gpu/summary.py "$STAGES" "$RESULTS" "$TARGET" ${DRY:+--dry-run} || exit 1
+echo "results: $TARGET, $SECONDS s"
+! cut -f2 "$STAGES" | grep -qE 'failed|timed out'
