@@ -29,6 +29,7 @@ def run_folder(tmp_path_factory):
     checkpointer = Checkpointer(sparse_detr.build_model(cfg, device="cpu"), str(folder))
     checkpointer.class_names = ["cat", "dog", "cow"]
     checkpointer.save("model_final")
+    checkpointer.tag_last_checkpoint("model_final.pth")
     return folder
 
 

@@ -61,9 +61,9 @@ def known_flags(script):
 
 
 def config_of(arguments):
-    """The config that a command names, or the one whose run it names; None if it is elided."""
+    """The config that a command names, or the one whose run it names; None if it is left open."""
     name = arguments[arguments.index("--config-file") + 1] if "--config-file" in arguments else "..."
-    if name == "...":
+    if name == "..." or name == "output/my_run":
         return None
     run = RUN_OUTPUT.fullmatch(name)
     if run and run["name"] in list_configs():

@@ -24,6 +24,7 @@ def run_folder(tmp_path_factory):
     checkpointer = Checkpointer(model, str(folder))
     checkpointer.class_names = ["cat", "dog", "cow"]
     checkpointer.save("model_final")
+    checkpointer.tag_last_checkpoint("model_final.pth")
     return folder
 
 

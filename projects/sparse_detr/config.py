@@ -93,11 +93,10 @@ def config_path(name: str) -> str:
     shipped_path = os.path.join(_config_root(), *shipped.split("/")) + ".py"
     if os.path.isfile(shipped_path):  # also the pieces that list_configs() leaves out
         return shipped_path
-    known = list_configs()
-    close = difflib.get_close_matches(shipped, known, n=3) or known
+    close = difflib.get_close_matches(shipped, list_configs(), n=3)
     raise ValueError(
         f"there is no config {name!r}, neither a file nor a shipped one. "
-        f"Did you mean {', '.join(close)}?"
+        + (f"Did you mean {', '.join(close)}?" if close else "sparse_detr.list_configs() has them")
     )
 
 
