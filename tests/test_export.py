@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 
 from sparse_detr import export
 from sparse_detr.config import get_config
 from sparse_detr.kernels import op
+from sparse_detr.modeling import build_swin
 
 from .modeling.tiny import shrink
 
@@ -129,3 +131,14 @@ def test_a_model_that_needs_a_fixed_size_says_so(monkeypatch):
     with pytest.raises(ValueError, match=r"free height and width .*--fixed --size 96x160"):
         export.export_program(model("dino"), TRACED)
     assert export.export_program(model("dino"), TRACED, dynamic=False)
+
+
+def test_swin_needs_a_fixed_size():
+    cfg = shrink(get_config("sparse_detr/sparse_detr_swint_30_50ep").model)
+    cfg.backbone = L(build_swin)(embed_dim=24, depths=[1, 1, 1, 1], num_heads=[2, 2, 2, 2])
+    cfg.in_features, cfg.neck.in_channels = ["p1", "p2", "p3"], [48, 96, 192]
+    detector = instantiate(cfg)
+    with pytest.raises(ValueError, match="SparseDETR with a SwinTransformer .*--fixed --size 96x160"):
+        export.export_program(detector, TRACED)
+    program = export.export_program(detector, TRACED, dynamic=False)
+    assert_same(program.module(), detector, [TRACED])

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from detectron2.modeling.backbone.swin import SwinTransformer
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
@@ -166,7 +167,10 @@ def _plain_attention() -> Iterator[None]:
 
 @contextmanager
 def _explained(detector: SetDetector, size: tuple[int, int], dynamic: bool) -> Iterator[None]:
-    """A tracer's refusal of free sizes as one sentence with the way out."""
+    """Why a model cannot be traced with free sizes, as one sentence with the way out."""
+    if dynamic and isinstance(detector.backbone, SwinTransformer):
+        # A trace would pass, and be wrong on other sizes without a word from onnxruntime.
+        raise ValueError(_refusal(detector, size, "its number of windows is computed in Python"))
     try:
         yield
     except Exception as error:  # the tracers' own types are private and change with torch
@@ -174,9 +178,12 @@ def _explained(detector: SetDetector, size: tuple[int, int], dynamic: bool) -> I
             raise
         logger.debug("tracing with free sizes failed", exc_info=True)
         reason = next((x for x in str(error).splitlines() if x.strip()), type(error).__name__)
-        raise ValueError(
-            f"{type(detector).__name__} with a {type(detector.backbone).__name__} backbone cannot be "
-            f"exported with free height and width ({reason[:200]}): export it for one size, "
-            f"dynamic=False, size=(height, width) (tools/export_onnx.py: --fixed --size "
-            f"{size[0]}x{size[1]})"
-        ) from error
+        raise ValueError(_refusal(detector, size, reason[:200])) from error
+
+
+def _refusal(detector: SetDetector, size: tuple[int, int], reason: str) -> str:
+    return (
+        f"{type(detector).__name__} with a {type(detector.backbone).__name__} backbone cannot be "
+        f"exported with free height and width ({reason}): export it for one size, dynamic=False, "
+        f"size=(height, width) (tools/export_onnx.py: --fixed --size {size[0]}x{size[1]})"
+    )
