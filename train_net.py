@@ -12,6 +12,7 @@ The flags are detectron2's. ``--config-file`` takes a file or the name of a ship
 
 import argparse
 import importlib.util
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -34,5 +35,11 @@ def main(args: argparse.Namespace) -> dict:
     return run(cfg, resume=args.resume)
 
 
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """detectron2's, but flags may also follow the overrides: argparse would take them for some."""
+    ordered = sorted(argv, key=lambda word: re.match(r"\+{0,2}[A-Za-z_][\w.]*=", word) is not None)
+    return default_argument_parser(epilog=__doc__).parse_args(ordered)
+
+
 if __name__ == "__main__":
-    engine.launch(main, default_argument_parser(epilog=__doc__).parse_args())
+    engine.launch(main, arguments(sys.argv[1:]))

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.engine import default_argument_parser
 from detectron2.evaluation.testing import flatten_results_dict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,11 +26,14 @@ def data(tmp_path_factory):
 
 
 def run(data, output_dir, *arguments):
-    flags = [a for a in arguments if a.startswith("--")]
-    overrides = [a for a in arguments if not a.startswith("--")]
-    command = ["--config-file", TINY, *flags, f"data.root={data}"]
-    command += [f"train.output_dir={output_dir}", *overrides]
-    return flatten_results_dict(train_net.main(default_argument_parser().parse_args(command)))
+    command = ["--config-file", TINY, f"data.root={data}", f"train.output_dir={output_dir}", *arguments]
+    return flatten_results_dict(train_net.main(train_net.arguments(command)))
+
+
+def test_flags_may_stand_before_and_after_overrides():
+    args = train_net.arguments(["a.b=1", "--resume", "+c=x", "--num-gpus", "2", "--config-file", "x.py"])
+    assert (args.resume, args.num_gpus, args.config_file) == (True, 2, "x.py")
+    assert args.opts == ["a.b=1", "+c=x"]
 
 
 @pytest.fixture(scope="module")
