@@ -214,7 +214,7 @@ def test_two_unlikely_factors_make_a_likely_object_only_as_logits():
         x = torch.zeros(1, 2, 32)
         x[0, :, 0] = torch.tensor([2.0, -4.0])
         foreground = torch.tensor([[3.0, -5.0]])
-        chosen[probabilities] = int(encoder._objects(head, x, foreground, None))
+        chosen[probabilities] = int(encoder._objects(head, x, foreground, None, 1))
     assert chosen == {False: 1, True: 0}
 
 
