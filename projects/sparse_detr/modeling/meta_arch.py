@@ -110,8 +110,12 @@ class SetDetector(nn.Module):
 
     def detect(self, images: ImageList, targets: list[Target] | None = None) -> TransformerOutput:
         """Everything between the normalised batch and the predictions."""
-        # Channels last: convolutions are faster, and maps become tokens without a copy.
-        features = self.backbone(images.tensor.contiguous(memory_format=torch.channels_last))
+        image = images.tensor
+        if not torch.is_grad_enabled():
+            # Convolutions are faster, and maps become tokens without a copy. Not in training: the
+            # backward pass of torch 2.15 crashes on the CPU for images one pixel wide.
+            image = image.contiguous(memory_format=torch.channels_last)
+        features = self.backbone(image)
         return self.decode([features[name] for name in self.in_features], images.image_sizes,
                            tuple(images.tensor.shape[-2:]), targets)
 
