@@ -31,8 +31,10 @@ def main(args: argparse.Namespace) -> dict:
     args.config_file = config.config_path(args.config_file)
     cfg = config.load_config(args.config_file, args.opts)
     engine.setup(cfg, args)
-    run = engine.evaluate if args.eval_only else engine.train
-    return run(cfg, resume=args.resume)
+    if args.eval_only:  # the run's weights, unless others are named here
+        named = any(word.lstrip("+").startswith("train.init_checkpoint=") for word in args.opts)
+        return engine.evaluate(cfg, resume=args.resume or not named)
+    return engine.train(cfg, resume=args.resume)
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:

@@ -107,3 +107,13 @@ def test_a_video_becomes_a_video(run_folder, tmp_path, capsys):
 def test_an_error_is_one_sentence(images, tmp_path, capsys):
     assert demo.main(["--run", str(tmp_path), "--input", str(images)]) == 1
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_inputs_are_never_overwritten_and_broken_ones_are_skipped(run_folder, images, tmp_path, capsys):
+    command = ["--run", str(run_folder), "--input", str(images), "--device", "cpu"]
+    assert demo.main([*command, "--output", str(images)]) == 1
+    assert "would overwrite the input" in capsys.readouterr().err
+    (images / "broken.jpg").write_bytes(b"no image")
+    assert demo.main([*command, "--json", str(tmp_path / "found.json")]) == 0
+    assert "skipped" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "found.json").read_text())["images"]) > 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import LazyConfig
 from detectron2.evaluation.testing import flatten_results_dict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,6 +145,19 @@ def test_eval_only_repeats_the_evaluation_of_the_run(data, finished, tmp_path):
     assert detections(tmp_path / "b") == detections(folder)
 
 
+def test_eval_only_takes_the_run_not_what_its_training_started_from(finished, tmp_path):
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path / "run")
+    cfg = config.load_config(str(folder / "config.yaml"))
+    cfg.train.output_dir, cfg.train.init_checkpoint = str(tmp_path / "run"), "backbone.pkl"
+    LazyConfig.save(cfg, str(tmp_path / "run" / "config.yaml"))
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    command = ["--config-file", str(tmp_path / "run" / "config.yaml"), "--eval-only"]
+    train_net.main(train_net.arguments([*command, "model.max_detections=50"]))
+    assert detections(tmp_path / "run") == detections(folder)
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
 def test_eval_only_without_weights_says_what_to_pass(data, tmp_path):
     with pytest.raises(ValueError, match="nothing to evaluate: pass train.init_checkpoint"):
         run(data, tmp_path, "--eval-only")
@@ -172,6 +186,8 @@ def test_early_stopping_ends_in_good_order(data, tmp_path):
     assert read(tmp_path / "model_final.pth")["iteration"] == 1 and max(metrics(tmp_path)) == 1
     run(data, tmp_path, "--resume", *early)
     assert max(metrics(tmp_path)) == 1
+    assert read(tmp_path / "model_final.pth")["iteration"] == 1  # no step was taken
+    assert (tmp_path / "log.txt").read_text().count("training stops after 2 of 6 iterations") == 2
     run(data, tmp_path, "--resume", "train.eval_period=1", "train.early_stop.patience=9")
     assert max(metrics(tmp_path)) == 6
 

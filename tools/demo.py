@@ -96,7 +96,11 @@ def find_images(inputs: list[str]) -> list[Path]:
 def run_images(predict: Predictor, paths: list[Path], output: Path | None,
                results: Results) -> None:
     for path in tqdm(paths, unit="image"):
-        image = read_image(str(path), "BGR")
+        try:
+            image = read_image(str(path), "BGR")
+        except OSError as error:
+            tqdm.write(f"skipped {path}: {error}", file=sys.stderr)
+            continue
         instances = predict(np.ascontiguousarray(image))["instances"]
         results.add(path.name, instances)
         if output is not None:
@@ -188,6 +192,9 @@ def main(arguments: list[str] | None = None) -> int:
         if args.output or not args.json:
             output = Path(args.output or "output/pictures")
             output.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            if output is not None and (output / path.name).resolve() == path.resolve():
+                raise ValueError(f"--output {output} would overwrite the input {path}: take another")
         results = Results(predict)
         if paths:
             run_images(predict, paths, output, results)

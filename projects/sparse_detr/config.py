@@ -66,7 +66,8 @@ def resolve_classes(cfg: DictConfig) -> None:
         return
     source = data.train_json or data.val_json
     given = cfg.model.num_classes
-    if data.classes is None and (source if given is None else os.path.isfile(source or "")):
+    stored = data.classes is not None
+    if not stored and (source if given is None else os.path.isfile(source or "")):
         from .data import category_names
 
         data.classes = category_names(source)
@@ -79,9 +80,11 @@ def resolve_classes(cfg: DictConfig) -> None:
         cfg.model.num_classes = len(data.classes)
     elif data.classes is not None and len(data.classes) != given:
         raise ValueError(
-            f"model.num_classes={given}, but {source or 'data.classes'} has {len(data.classes)} "
-            f"classes ({', '.join(data.classes[:5])}{', ...' * (len(data.classes) > 5)}): leave "
-            "model.num_classes out, it is read from the file"
+            f"model.num_classes={given}, but {'data.classes' if stored else source} has "
+            f"{len(data.classes)} classes ({', '.join(data.classes[:5])}"
+            f"{', ...' * (len(data.classes) > 5)}): "
+            + ("to read them from other data, pass data.classes=null model.num_classes=null"
+               if stored else "leave model.num_classes out, it is read from the file")
         )
 
 

@@ -109,9 +109,15 @@ def test_settings_that_cannot_work_are_refused(tmp_path):
     with pytest.raises(ValueError, match="must be max or min, not 'most'"):
         BestCheckpoint(2, checkpointer, mode="most")
     with pytest.raises(ValueError, match="metric=bbox/APP is not among the results: bbox/AP"):
-        run(tmp_path, [1.0], metric="bbox/APP")
+        run(tmp_path, [1.0], metric="bbox/APP", patience=3)
     with pytest.raises(ValueError, match=r"decay=1.0 must lie in \[0, 1\)"):
         ModelEMA(Toy(), decay=1.0)
+
+
+def test_without_the_metric_a_run_goes_on_and_says_that_nothing_is_kept(tmp_path, caplog):
+    trainer, _ = run(tmp_path, [1.0] * 5, metric="mine/AP")
+    assert trainer.iter == 10 and not (tmp_path / "model_best.pth").exists()
+    assert "metric=mine/AP is not among the results: bbox/AP" in caplog.text
 
 
 def averaged(steps, **kwargs):

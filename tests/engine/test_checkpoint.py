@@ -139,7 +139,7 @@ def test_initial_weights_leave_the_trainer_alone(tmp_path):
 
 def test_a_missing_file_is_named(tmp_path):
     loader, _ = checkpointer(tmp_path)
-    with pytest.raises(ValueError, match="train.init_checkpoint: there is no file .*/gone.pth"):
+    with pytest.raises(ValueError, match="weights: there is no file .*/gone.pth"):
         loader.resume_or_load(str(tmp_path / "gone.pth"), resume=False)
 
 

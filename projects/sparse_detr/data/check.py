@@ -344,13 +344,13 @@ def _compare(train: Report, val: Report) -> None:
             f"set's ({_listed(names)})",
             "copy the training set's categories, and its ids into the annotations",
         )
-    known = defaultdict(list)  # by the file's own name: a copy keeps it
+    known = defaultdict(list)  # by name and size, which a copy keeps
     for path in _paths(train):
-        known[os.path.basename(path)].append(path)
+        known[_name_and_size(path)].append(path)
     shared = [
         path
         for path in _paths(val)
-        if any(_same_file(path, other) for other in known[os.path.basename(path)])
+        if any(_same_file(path, other) for other in known.get(_name_and_size(path), ()))
     ]
     val.add(
         "validation images are training images",
@@ -372,6 +372,13 @@ def _listed(names: Sequence[str], limit: int = 10) -> str:
 def _paths(report: Report) -> list[str]:
     names = (i.get("file_name") for i in report.content["images"])
     return [os.path.join(report.image_root, name) for name in names if isinstance(name, str)]
+
+
+def _name_and_size(path: str) -> tuple[str, int]:
+    try:
+        return os.path.basename(path), os.stat(path).st_size
+    except OSError:
+        return os.path.basename(path), -1
 
 
 def _same_file(first: str, second: str) -> bool:

@@ -69,13 +69,11 @@ class BestCheckpoint(hooks.BestCheckpointer):
     def _best_checking(self) -> None:
         """Called by detectron2's hook after an evaluation."""
         done = min(self.trainer.iter + 1, self.trainer.max_iter)
+        latest = self.trainer.storage.latest() if comm.is_main_process() else {}
+        if not comm.all_gather(self._val_metric in latest)[0]:
+            self._metric_is_missing(latest)
+            return
         if comm.is_main_process():
-            latest = self.trainer.storage.latest()
-            if self._val_metric not in latest:
-                raise ValueError(
-                    f"train.best_checkpoint.metric={self._val_metric} is not among the results: "
-                    f"{', '.join(name for name in latest if '/' in name) or 'there are none'}"
-                )
             super()._best_checking()
             self.record = [row for row in self.record if row["iteration"] != done]
             self.record.append({"iteration": done, self._val_metric: latest[self._val_metric][0]})
@@ -83,6 +81,15 @@ class BestCheckpoint(hooks.BestCheckpointer):
                 json.dump(self.record, file, indent=1)
         if done < self.trainer.max_iter:
             self._stop_if_stale()
+
+    def _metric_is_missing(self, latest: dict) -> None:
+        problem = (
+            f"train.best_checkpoint.metric={self._val_metric} is not among the results: "
+            f"{', '.join(name for name in latest if '/' in name) or 'there are none'}"
+        )
+        if self.patience:
+            raise ValueError(f"{problem}; train.early_stop.patience={self.patience} needs it")
+        logger.warning("%s. No best checkpoint is kept (train.best_checkpoint.enabled=false)", problem)
 
     def _recall(self) -> None:
         """Sets detectron2's ``best_metric`` and ``best_iter`` from the record."""

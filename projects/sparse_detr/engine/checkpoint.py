@@ -124,7 +124,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
-            raise ValueError(f"train.init_checkpoint: there is no file {os.path.abspath(path)}")
+            raise ValueError(f"weights: there is no file {os.path.abspath(path)}")
         wanted = self.checkpointables if checkpointables is None else checkpointables
         self._weights_alone = not wanted
         return super().load(path, checkpointables)

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+from pathlib import Path
 
 import torch
 from detectron2.config import instantiate
@@ -34,7 +35,11 @@ def setup(cfg: DictConfig, args: argparse.Namespace) -> None:
     config.yaml needs no data.
     """
     resolve_classes(cfg)
+    written = Path(cfg.train.output_dir) / "config.yaml"
+    config = written.read_bytes() if args.eval_only and written.is_file() else None
     default_setup(cfg, args)
+    if config is not None and comm.is_main_process():
+        written.write_bytes(config)  # an evaluation leaves the run's own as it is
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="sparse_detr")
 
 
@@ -63,14 +68,15 @@ class Evaluation:
 
 
 def evaluate(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, float]]:
-    """Evaluates ``train.init_checkpoint`` or, if empty or ``resume``, the run's last one."""
+    """Evaluates the run's last checkpoint if ``resume`` and there is one, else
+    ``train.init_checkpoint``."""
     resolve_classes(cfg)
     _check_own_data(cfg, "val")
     evaluation = Evaluation(cfg)
     model = _build_model(cfg)
     checkpointer = Checkpointer(model, cfg.train.output_dir)
-    resume = resume or not cfg.train.init_checkpoint
-    if resume and not checkpointer.has_checkpoint():
+    resume = (resume or not cfg.train.init_checkpoint) and checkpointer.has_checkpoint()
+    if not resume and not cfg.train.init_checkpoint:
         raise ValueError(
             "nothing to evaluate: pass train.init_checkpoint=..., or the train.output_dir of a run "
             f"(there is no checkpoint in {os.path.abspath(cfg.train.output_dir)})"
@@ -120,8 +126,9 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, float
     )
     checkpointer = Checkpointer(model, cfg.train.output_dir, fine_tune=True, trainer=trainer)
     evaluated = model  # not DDP: ranks may hold unlike batch counts
-    for name in _dataset_names(cfg.dataloader.train)[:1]:
-        checkpointer.class_names = MetadataCatalog.get(name).get("thing_classes")
+    class_names = [MetadataCatalog.get(name).get("thing_classes")
+                   for name in _dataset_names(cfg.dataloader.train)[:1]]  # fmt: skip
+    checkpointer.class_names = class_names[0] if class_names else None
     results: dict[str, dict[str, float]] = {}
 
     def evaluate_now() -> dict[str, dict[str, float]]:
@@ -150,9 +157,11 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, float
     if evaluation is not None:
         trainer.register_hooks([hooks.EvalHook(run.eval_period, evaluate_now)])
     if evaluation is not None and (cfg.train.best_checkpoint.enabled or patience):
+        best_checkpointer = Checkpointer(evaluated, cfg.train.output_dir)
+        best_checkpointer.class_names = checkpointer.class_names
         best = BestCheckpoint(
             run.eval_period,
-            Checkpointer(evaluated, cfg.train.output_dir),
+            best_checkpointer,
             metric=cfg.train.best_checkpoint.metric,
             mode=cfg.train.best_checkpoint.mode,
             patience=patience,
@@ -167,7 +176,7 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, float
     loaded = checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     start_iter = loaded.get("iteration", -1) + 1 if resume else 0
     trainer.train(start_iter, run.max_iter)
-    if trainer.stopped and trainer.iter >= start_iter:
+    if trainer.stopped and trainer.steps:
         checkpointer.save("model_final", iteration=trainer.iter)
     return results
 

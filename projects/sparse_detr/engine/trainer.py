@@ -58,6 +58,7 @@ class Trainer(SimpleTrainer):
 
     Attributes:
         stopped: a hook has ended the run early.
+        steps: iterations done by the last ``train``.
     """
 
     def __init__(
@@ -81,9 +82,11 @@ class Trainer(SimpleTrainer):
         self.seed = comm.shared_random_seed() if seed is None else seed
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=amp == torch.float16)
         self.stopped = False
+        self.steps = 0
 
     def train(self, start_iter: int, max_iter: int) -> None:
         """Runs iterations [start_iter, max_iter), or fewer if a hook raises ``StopTraining``."""
+        self.steps = 0
         sampler = getattr(self.data_loader, "batch_sampler", None)
         if isinstance(sampler, TrainingBatchSampler):
             self._check_parts(sampler.total_batch_size // comm.get_world_size())
@@ -97,7 +100,7 @@ class Trainer(SimpleTrainer):
         except StopTraining as reason:
             self.stopped = True
             logger.info("training stops after %d of %d iterations: %s",
-                        min(self.iter + 1, max_iter), max_iter, reason)  # fmt: skip
+                        start_iter + self.steps, max_iter, reason)  # fmt: skip
 
     def run_step(self) -> None:
         assert self.model.training, "the model was left in eval mode"
@@ -123,6 +126,7 @@ class Trainer(SimpleTrainer):
         self._check_and_log(parts, losses, grad_norm, data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+        self.steps += 1
 
     def _check_parts(self, batch_size: int) -> int:
         """Images in each part of a process's batch."""
