@@ -1,6 +1,7 @@
 """Starting processes: detectron2's launcher, or those that torchrun or SLURM's srun started."""
 
 import argparse
+import gc
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -42,6 +43,8 @@ def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespac
         comm.create_local_process_group(int(started["LOCAL_WORLD_SIZE"]))
         comm.synchronize()
         main(args)
+        gc.collect()  # a model in a reference cycle keeps threads of the group
+        comm.synchronize()  # nobody leaves while another one still talks
     finally:
         dist.destroy_process_group()
 
