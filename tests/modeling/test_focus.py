@@ -192,6 +192,25 @@ def test_layers_refresh_a_shrinking_share_of_the_best_tokens():
     assert not (changed & tokens.mask).any()
 
 
+@pytest.mark.parametrize("settings", [{}, {"mask_padding": True}, {"running_value": True}])
+def test_the_order_of_visits_changes_nothing(monkeypatch, settings):
+    def run():
+        model = focus(keep_ratio=0.5, layer_ratios=[0.8, 0.3], num_objects=10, **settings)
+        return encode(model.double().eval(), (1, 1), (0.5, 0.75))[0]
+
+    by_place = run()
+    monkeypatch.setattr(
+        "sparse_detr.modeling.strategies.focus.visiting_order",
+        lambda ranked, tokens, prefixes: torch.arange(ranked.shape[1]).expand_as(ranked),
+    )
+    best_first = run()
+    assert torch.equal(by_place.selected, best_first.selected)
+    assert torch.equal(by_place.selected_mask, best_first.selected_mask)
+    assert_close(by_place.memory, best_first.memory)
+    for found, wanted in zip(by_place.intermediate["objects"], best_first.intermediate["objects"]):
+        assert torch.equal(found, wanted)  # best first, whichever rows they came from
+
+
 def test_object_tokens_have_the_best_product_of_class_and_foreground_logit():
     model = focus(num_objects=7)
     encoded, tokens = encode(model, (1, 1))

@@ -115,6 +115,31 @@ def test_the_best_tokens_are_chosen_and_come_first():
     assert (rest.amax(1) <= ranked[:, -1]).all()
 
 
+def test_the_order_of_visits_changes_nothing(monkeypatch):
+    """Neither what is chosen and refreshed, nor which losses and gradients follow."""
+    def run():
+        model = sparse_model(keep_ratio=0.25).double().train()
+        losses = model([sample(64, 80), sample(50, 90)])
+        sum(losses.values()).backward()
+        gradient = model.transformer.encoder.layers[0].attention.value_proj.weight.grad
+        encoded = model.eval().transformer(
+            feature_maps(2), masks((1, 1), (0.5, 0.75))).encoded
+        return losses, gradient, encoded
+
+    by_place = run()
+    monkeypatch.setattr(
+        "sparse_detr.modeling.strategies.sparse.visiting_order",
+        lambda ranked, tokens: torch.arange(ranked.shape[1]).expand_as(ranked),
+    )
+    best_first = run()
+    assert not torch.equal(*(each[2].intermediate["order"] for each in (by_place, best_first)))
+    assert torch.equal(by_place[2].selected, best_first[2].selected)
+    assert torch.equal(by_place[2].selected_mask, best_first[2].selected_mask)
+    torch.testing.assert_close(by_place[2].memory, best_first[2].memory)
+    torch.testing.assert_close(by_place[0], best_first[0])
+    torch.testing.assert_close(by_place[1], best_first[1])
+
+
 @pytest.mark.parametrize("mask_padding", [True, False])
 def test_padding_leaves_scores_alone_with_masked_statistics_only(mask_padding):
     transformer = sparse_model(mask_padding=mask_padding).double().eval().transformer

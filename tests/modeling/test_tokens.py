@@ -3,12 +3,14 @@
 import torch
 
 from sparse_detr.modeling.tokens import (
+    Tokens,
     encoder_reference_points,
     flatten_levels,
     gather_tokens,
     level_starts,
     scatter_tokens,
     valid_sizes,
+    visiting_order,
 )
 
 SHAPES = ((4, 6), (2, 3), (1, 2))
@@ -74,3 +76,31 @@ def test_scatter_in_place_writes_the_same_into_the_tensor_itself():
     wanted = scatter_tokens(x, index, update, keep)
     found = scatter_tokens(x, index, update, keep, in_place=True)
     assert found.data_ptr() == x.data_ptr() and torch.equal(x, wanted)
+
+
+def test_neighbours_in_the_image_are_visited_one_after_the_other():
+    shapes = ((40, 60), (20, 30))
+    ratios = torch.tensor([[1.0, 1.0], [0.7, 0.6]])[:, None].expand(2, 2, 2)
+    features = torch.zeros(2, 3000, 1)
+    tokens = Tokens(features, features, torch.zeros(2, 3000, dtype=torch.bool), shapes, ratios,
+                    encoder_reference_points(shapes, ratios), has_padding=False)
+    generator = torch.Generator().manual_seed(0)
+    ranked = torch.stack([torch.randperm(3000, generator=generator)[:300] for _ in range(2)])
+
+    def step(order):
+        """Mean distance from one to the next, in cells of the finest level."""
+        at = tokens.reference_points[torch.arange(2)[:, None], ranked.gather(1, order), 0]
+        return (at.diff(dim=1) * torch.tensor([60.0, 40.0])).norm(dim=-1).mean()
+
+    order = visiting_order(ranked, tokens)
+    rows = torch.arange(300).expand(2, -1)
+    assert torch.equal(order.sort().values, rows)
+    assert step(order) < 0.25 * step(rows)
+    # An order of the tokens, not of their ranks: the same from any ranking of the same tokens.
+    again = ranked.flip(1)
+    assert torch.equal(again.gather(1, visiting_order(again, tokens)), ranked.gather(1, order))
+
+    nested = visiting_order(ranked, tokens, prefixes=(300, 120, 120, 40))
+    for prefix in (40, 120, 300):
+        assert torch.equal(nested[:, :prefix].sort().values, rows[:, :prefix])
+    assert step(nested) < 0.5 * step(rows)

@@ -199,11 +199,13 @@ def _compare_predictions(case: Case, model, output) -> None:
         case.compare("valid_token_nums", valid.sum(1))
     if "aux_enc_logits" in case.arrays:
         where = case.array("aux_enc_pos").long()
-        sets = output.encoded.predictions.values()
-        case.compare("aux_enc_logits", torch.stack([logits[:, where] for logits, _ in sets]))
-        case.compare("aux_enc_boxes", torch.stack([boxes[:, where] for _, boxes in sets]))
+        at_rows = where.expand(len(rows), -1)
         if output.encoded.selected is not None:
             case.compare("aux_enc_token", output.encoded.selected[:, where])
+            at_rows = output.encoded.intermediate["order"].argsort(1)[:, where]
+        sets = output.encoded.predictions.values()
+        case.compare("aux_enc_logits", torch.stack([at(logits, at_rows) for logits, _ in sets]))
+        case.compare("aux_enc_boxes", torch.stack([at(boxes, at_rows) for _, boxes in sets]))
     _compare_detections(case, output)
 
 
@@ -230,8 +232,10 @@ def _compare_losses(case: Case, model, output, targets: list[Target]) -> None:
     calls = []
     for call, match in enumerate(criterion.match(sets, targets)):
         start = torch.tensor([0, *(len(t.labels) for t in targets)]).cumsum(0)
-        local = match.target - start[match.batch]
-        calls.append(torch.stack([torch.full_like(local, call), match.batch, match.query, local], 1))
+        local, query = match.target - start[match.batch], match.query
+        if sets[call].suffix.startswith("_enc_") and output.encoded.selected is not None:
+            query = output.encoded.intermediate["order"][match.batch, query]  # its rank
+        calls.append(torch.stack([torch.full_like(local, call), match.batch, query, local], 1))
     found, wanted = torch.cat(calls).tolist(), case.arrays["matches"].tolist()
     case.decide("matches", sorted(found) == sorted(wanted))
 

@@ -32,8 +32,8 @@ class EncoderOutput:
             own budget; None if all do.
         scores: (B, N) the ranking behind ``selected``, or None.
         predictions: auxiliary (logits (B, K, num_classes), boxes (B, K, 4)) by the suffix of their
-            losses, matched and penalised like a decoder layer's.
-        intermediate: tensors that only the strategy's own ``losses`` reads.
+            losses, matched and penalised like a decoder layer's; in any order of the tokens.
+        intermediate: what the strategy's own ``losses`` read, and what it shows to tools.
     """
 
     memory: Tensor

@@ -145,6 +145,30 @@ def token_budgets(tokens: Tokens, keep_ratio: float) -> tuple[Tensor, int]:
     return budgets.to(tokens.mask.device, non_blocking=True), kept
 
 
+def visiting_order(ranked: Tensor, tokens: Tokens, prefixes: Sequence[int] = ()) -> Tensor:
+    """An order of chosen tokens in which neighbours in the image follow each other.
+
+    Neighbours sample the same values, which are then still in the cache; best first, they are
+    scattered (docs/kernels.md, "The order of kept tokens"). Tokens go by the cells of a 16x16 grid
+    over the image, the tokens of all levels together.
+
+    Args:
+        ranked: (B, K) int64, different tokens of each image.
+        prefixes: numbers k; the first k in the order are the first k of ``ranked``.
+
+    Returns:
+        (B, K) int64 rows of ``ranked``.
+    """
+    row = torch.arange(ranked.shape[1], device=ranked.device)
+    place = gather_tokens(tokens.reference_points[:, :, 0], ranked)  # (B, K, 2)
+    column_of_grid, row_of_grid = (place * 16).long().unbind(-1)  # past 16 in the padding
+    key = row_of_grid * 1024 + column_of_grid
+    for prefix in prefixes:
+        key = key + (row >= prefix) * 1024**2
+    key = key * tokens.mask.shape[1] + ranked  # all different: the same order on every device
+    return key.argsort(dim=1)
+
+
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """``x[b, index[b, k]]``: (B, N, ...) and (B, K) int64 -> (B, K, ...)."""
     batch = torch.arange(index.shape[0], device=index.device)[:, None]

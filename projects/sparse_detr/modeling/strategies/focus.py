@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from ..encoder import DeformableEncoderLayer, Encoder, EncoderOutput, clone_layers
 from ..layers import at_least_float32
 from ..proposals import proposal_logits
-from ..tokens import LevelShapes, Tokens, gather_tokens, promise_count, scatter_tokens, token_budgets
+from ..tokens import (
+    LevelShapes,
+    Tokens,
+    gather_tokens,
+    promise_count,
+    scatter_tokens,
+    token_budgets,
+    visiting_order,
+)
 from .foreground import (
     DISTANCES,
     ForegroundScorer,
@@ -149,21 +157,25 @@ class FocusEncoder(Encoder):
             lowest = torch.finfo(ranking.dtype).min if masked else ranking.min()
             ranking = torch.where(tokens.mask, lowest, ranking)
         budgets, kept = token_budgets(tokens, self.keep_ratio)  # (B,), K
-        foreground, selected = ranking.topk(kept, dim=1)  # (B, K)
-        rank = torch.arange(kept, device=selected.device)
-        own = rank < budgets[:, None]  # (B, K)
+        counts = []
+        for ratio in self.layer_ratios:
+            counts.append(torch.tensor(kept).float().mul(ratio).long().clamp(min=1).item())
+            promise_count(counts[-1], kept)
+        selected = ranking.topk(kept, dim=1).indices  # (B, K)
+        rank = visiting_order(selected, tokens, counts)  # (B, K)
+        visited = selected.gather(1, rank)
+        foreground = ranking.gather(1, visited)
+        own = rank < budgets[:, None]
 
-        x = gather_tokens(tokens.features, selected)  # (B, K, C)
-        position = gather_tokens(tokens.position, selected)  # (B, K, C)
-        reference = gather_tokens(tokens.reference_points, selected)  # (B, K, L, 2)
+        x = gather_tokens(tokens.features, visited)  # (B, K, C)
+        position = gather_tokens(tokens.position, visited)  # (B, K, C)
+        reference = gather_tokens(tokens.reference_points, visited)  # (B, K, L, 2)
         memory = tokens.features
-        counts, objects = [], []
-        for layer, ratio in zip(self.layers, self.layer_ratios):
-            count = torch.tensor(kept).float().mul(ratio).long().clamp(min=1).item()
-            promise_count(count, kept)
+        objects = []
+        for layer, ratio, count in zip(self.layers, self.layer_ratios, counts):
             old, mine = x[:, :count], own[:, :count]
             if masked:
-                mine = mine & (rank[:count] < (budgets * ratio).long().clamp(min=1)[:, None])
+                mine = mine & (rank[:, :count] < (budgets * ratio).long().clamp(min=1)[:, None])
             eligible = mine if masked else None
             number = torch.sym_min(self.num_objects, count)
             rows = self._objects(proposal_head, old, foreground[:, :count], eligible, number)
@@ -175,12 +187,11 @@ class FocusEncoder(Encoder):
                 new = torch.where(mine[..., None], new, old)
             x = torch.cat([new, x[:, count:]], dim=1)
             if self.running_value:
-                memory = scatter_tokens(tokens.features, selected, x)
-            counts.append(count)
-            objects.append(selected.gather(1, rows))
+                memory = scatter_tokens(tokens.features, visited, x)
+            objects.append(visited.gather(1, rows))
         return EncoderOutput(
-            memory=scatter_tokens(tokens.features, selected, x),
-            selected=selected, selected_mask=own, scores=scores,
+            memory=scatter_tokens(tokens.features, visited, x), selected=selected,
+            selected_mask=torch.arange(kept, device=own.device) < budgets[:, None], scores=scores,
             intermediate={"layer_counts": tuple(counts), "objects": objects},
         )
 

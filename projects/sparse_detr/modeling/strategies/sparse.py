@@ -18,7 +18,7 @@ from ..encoder import DeformableEncoderLayer, Encoder, EncoderOutput, clone_laye
 from ..heads import DetectionHeads
 from ..layers import TokenScorer, at_least_float32
 from ..proposals import proposal_logits
-from ..tokens import Tokens, gather_tokens, scatter_tokens, token_budgets
+from ..tokens import Tokens, gather_tokens, scatter_tokens, token_budgets, visiting_order
 from .dam import attention_map_target, correspondence, scoring_loss
 
 if TYPE_CHECKING:
@@ -106,27 +106,30 @@ class SparseEncoder(Encoder):
 
         Returns:
             ``scores``: the logits that rank the tokens, padding at the lowest of the batch;
-            ``selected``: (B, K) the chosen tokens, best first.
+            ``selected``: (B, K) the chosen tokens, best first; ``intermediate["order"]``: (B, K)
+            the rows of ``selected`` in the order of the auxiliary predictions.
         """
         proposals, invalid = proposal_logits(tokens)
         encoded = EncoderOutput(memory=tokens.features, intermediate={})
         x, position, reference = tokens.features, tokens.position, tokens.reference_points
-        keep = None
+        visited = keep = None
         if self.keep_ratio is not None:
             self._select(encoded, tokens, proposal_head, proposals, invalid)
+            order = visiting_order(encoded.selected, tokens)  # (B, K)
+            visited = encoded.selected.gather(1, order)
+            encoded.intermediate["order"] = order
             x, position, reference, proposals = (
-                gather_tokens(part, encoded.selected)
-                for part in (x, position, reference, proposals)
+                gather_tokens(part, visited) for part in (x, position, reference, proposals)
             )  # (B, K, C), (B, K, C), (B, K, L, 2), (B, K, 4)
-            keep = encoded.selected_mask if tokens.has_padding else None
+            keep = encoded.selected_mask.gather(1, order) if tokens.has_padding else None
         for index, layer in enumerate(self.layers):
             x = layer(x, position, reference, encoded.memory, tokens.shapes, tokens.value_mask)
-            if encoded.selected is None:
+            if visited is None:
                 encoded.memory = x
             else:
                 # The first layer copies the features; inference then updates that copy.
                 encoded.memory = scatter_tokens(
-                    encoded.memory, encoded.selected, x, keep,
+                    encoded.memory, visited, x, keep,
                     in_place=index > 0 and not torch.is_grad_enabled(),
                 )
             if self.training and self.heads is not None and index < self.heads.num_layers:
