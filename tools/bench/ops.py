@@ -72,7 +72,9 @@ def problem(kind: str, levels: tuple[tuple[int, int], ...], device: str, dtype: 
         points = centres
     else:
         kept = torch.randperm(N, generator=g)[: math.ceil(N * float(kind.split()[0]) / 100)]
-        points = centres[kept.sort().values]
+        cell = (centres[kept] * 16).long()
+        order = (cell[:, 1] * 16 + cell[:, 0]).argsort(stable=True)  # as encoders visit them
+        points = centres[kept[order]]
     Q = len(points)
     angle = torch.arange(M) * (2 * math.pi / M)
     direction = torch.stack([angle.cos(), angle.sin()], -1)
