@@ -1,59 +1,26 @@
-"""The backward that sums per block before it adds to memory, on the CPU (see test_cuda_on_cpu.py)."""
+"""The backward that sums per block before it adds to memory, on the CPU.
+
+What it shares with the direct one, dtypes, widths, sources and bad coordinates, is in
+test_cuda_on_cpu.py; here is what only it has: windows, passes, runs, and fewer additions.
+"""
 
 import pytest
 import torch
 
 from sparse_detr.kernels import reference as plain
 
-from .cuda_on_cpu import CudaOnCpu
 from .cuda_on_cpu.problems import (
     SHAPES,
-    TOLERANCE,
-    accumulator,
     assert_close,
+    assert_gradients,
     expected_gradients,
     fused,
     given,
-    side_tolerance,
 )
 
-# The widths with vector lanes; 8, 24 and float64 take the direct path.
-WIDTHS = [
-    (torch.float32, 16), (torch.float32, 32), (torch.float32, 64), (torch.bfloat16, 16),
-    (torch.bfloat16, 32), (torch.bfloat16, 64), (torch.float16, 32), (torch.float32, 8),
-    (torch.bfloat16, 24), (torch.float64, 32),
-]  # fmt: skip
 # One level larger than a window and one that fits it whole; queries of the coarser one look at a
 # level twice as fine.
 LARGE = [(61, 70), (31, 35)]
-
-
-@pytest.mark.parametrize("dtype, channels", WIDTHS, ids=str)
-def test_given_samples(cuda, dtype, channels):
-    inputs = given(dtype, channels, queries=75)  # a full block and a part of one
-    grad_output = torch.randn(2, 75, 3 * channels).to(dtype)
-    gradients = expected_gradients(plain.ms_deform_attn, inputs, grad_output)[1]
-    for descending in (False, True):
-        value, *sides = cuda.ms_deform_attn_backward(
-            grad_output, *inputs, descending=descending, aggregate=True
-        )
-        assert_close(value, gradients[0], TOLERANCE[dtype])
-        for x, y in zip(sides, gradients[1:], strict=True):
-            assert_close(x, y, side_tolerance(accumulator(dtype)))
-
-
-@pytest.mark.parametrize("boxes", [False, True], ids=["points", "boxes"])
-@pytest.mark.parametrize("dtype, channels", WIDTHS, ids=str)
-def test_fused_samples(cuda, dtype, channels, boxes):
-    for offset_dtype in {accumulator(dtype), dtype}:
-        inputs = fused(dtype, channels, boxes, queries=65, heads=2, offset_dtype=offset_dtype)
-        grad_output = torch.randn(2, 65, 2 * channels).to(dtype)
-        gradients = expected_gradients(plain.ms_deform_attn_fused, inputs, grad_output)[1]
-        found = cuda.ms_deform_attn_fused_backward(grad_output, *inputs, aggregate=True)
-        assert_close(found[0], gradients[0], TOLERANCE[dtype])
-        assert_close(found[1], gradients[1], side_tolerance(accumulator(dtype)))
-        for x, y in zip(found[2:], gradients[2:], strict=True):
-            assert_close(x, y, side_tolerance(offset_dtype))
 
 
 @pytest.mark.parametrize("shapes, tiled_from", [(SHAPES, 0), (SHAPES, 1), (LARGE, 1), (LARGE, -1)],
@@ -70,9 +37,7 @@ def test_tiles(cuda, dtype, shapes, tiled_from):
     found = cuda.ms_deform_attn_backward(
         grad_output, *inputs, tiled_from=tiled_from, aggregate=True
     )
-    assert_close(found[0], gradients[0], TOLERANCE[dtype])
-    for x, y in zip(found[1:], gradients[1:], strict=True):
-        assert_close(x, y, side_tolerance(accumulator(dtype)))
+    assert_gradients(found, gradients)
 
 
 @pytest.mark.parametrize("levels, points", [(1, 1), (8, 1), (1, 5), (3, 7), (8, 4), (2, 17)])
@@ -100,29 +65,7 @@ def test_all_samples_on_one_pixel(cuda):
     found = cuda.ms_deform_attn_backward(
         grad_output, value, shapes, locations, weights, aggregate=True
     )
-    for x, y in zip(found, gradients, strict=True):
-        assert_close(x, y, 1e-5)
-
-
-def test_outside_and_nonfinite(cuda):
-    """As on the direct path: bad coordinates give nothing, and NaN nobody samples stays away."""
-    value, shapes, locations, weights = given(torch.float32, 32, queries=70)
-    locations[:, 0] = float("nan")
-    locations[:, 1, ..., 0] = float("inf")
-    locations[:, 2, ..., 1] = -1e30
-    locations[:, 3:] = 0.5 / torch.tensor([9.0, 7.0])  # the first pixel of level 1
-    locations[:, 3:, :, [0, 2]] = 5.0
-    first = shapes[0][0] * shapes[0][1]
-    corners = [first, first + 1, first + 9, first + 10]
-    poisoned = torch.full_like(value, float("nan"))
-    poisoned[:, corners] = value[:, corners]
-    grads = cuda.ms_deform_attn_backward(
-        torch.randn(2, 70, 96), poisoned, shapes, locations, weights, aggregate=True
-    )
-    assert not any(g.isnan().any() for g in grads)
-    assert all(g[:, :3].abs().sum() == 0 for g in grads[1:])
-    others = [n for n in range(value.shape[1]) if n not in corners]
-    assert grads[0][:, others].abs().sum() == 0 and grads[0][:, first].abs().sum() > 0
+    assert_gradients(found, gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -135,15 +78,6 @@ def test_deterministic_sums_are_those_of_the_direct_path(cuda, dtype):
         for aggregate in (False, True)
     )
     assert torch.equal(direct[0], aggregated[0])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_scalar_reductions_of_earlier_devices(libraries, dtype):
-    inputs = given(dtype, 32, queries=70)
-    grad_output = torch.randn(2, 70, 96).to(dtype)
-    expected = expected_gradients(plain.ms_deform_attn, inputs, grad_output)[1]
-    found = CudaOnCpu(libraries[1]).ms_deform_attn_backward(grad_output, *inputs, aggregate=True)
-    assert_close(found[0], expected[0], TOLERANCE[dtype])
 
 
 def test_memory_sees_a_fraction_of_the_contributions(cuda):

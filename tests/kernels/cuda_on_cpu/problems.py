@@ -67,3 +67,10 @@ def assert_close(found, expected, tolerance):
 def side_tolerance(dtype):
     """Of gradients of locations, weights, offsets and logits: sums in float32 or float64."""
     return {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, TOLERANCE.get(dtype))
+
+
+def assert_gradients(found, expected):
+    """Of the values first, then of everything else."""
+    assert_close(found[0], expected[0], TOLERANCE[found[0].dtype])
+    for x, y in zip(found[1:], expected[1:], strict=True):
+        assert_close(x, y, side_tolerance(x.dtype))
