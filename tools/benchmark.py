@@ -33,7 +33,7 @@ import torch  # noqa: E402
 from bench import ops  # noqa: E402
 from bench.timing import Timing, markdown, milliseconds  # noqa: E402
 
-KINDS = ("dense", "30 %", "10 %", "decoder 900", "decoder 300")
+KINDS = ("dense", "high levels", "30 %", "10 %", "decoder 900", "decoder 300")
 
 
 def image_size(text: str) -> tuple[int, int]:

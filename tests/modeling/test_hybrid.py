@@ -10,7 +10,7 @@ from sparse_detr.engine.convert import convert_state_dict
 from sparse_detr.modeling import Target
 from sparse_detr.modeling.criterion import Predictions
 
-from .tiny import sample, shrink
+from .tiny import sample, shrink, tiny_model
 
 HYBRID = "h_deformable_detr/h_deformable_detr_r50_12ep"
 FIRST, SECOND, REPEAT = 8, 12, 6
@@ -172,3 +172,18 @@ def test_published_contents_are_recognised():
     converted, report = convert_state_dict(state, model)
     assert report.family == "deformable" and not report.unexpected
     assert torch.equal(converted["transformer.query_selection.content.weight"], weight)
+
+
+def test_lite_h_detr_is_lite_detrs_encoder_and_attention_on_h_detr():
+    """Every part has the parameters, under the same names, that it has where it comes from."""
+    lite_h, lite, h = (
+        {name: value.shape for name, value in tiny_model(config).state_dict().items()}
+        for config in ("lite_detr/lite_h_detr_r50_h3l1_2p1x3_36ep",
+                       "lite_detr/lite_dino_r50_h3l1_2p1x3_36ep", HYBRID)
+    )
+    from_lite = {k for k in lite_h if "transformer.encoder." in k or ".cross_attention." in k}
+    assert any("cross_attention.query_proj" in k for k in from_lite)
+    for part, source in ((from_lite, lite), (set(lite_h) - from_lite, h)):
+        assert {k: lite_h[k] for k in part} == {k: source[k] for k in part if k in source}
+    # nothing of H-DETR is lost but what was replaced
+    assert all("transformer.encoder." in k or ".cross_attention." in k for k in set(h) - set(lite_h))

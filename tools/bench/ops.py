@@ -62,7 +62,8 @@ def token_centres(levels: tuple[tuple[int, int], ...]) -> Tensor:
 
 def problem(kind: str, levels: tuple[tuple[int, int], ...], device: str, dtype: torch.dtype,
             seed: int) -> Problem:
-    """``kind``: "dense", "30 %" or "10 %" of the tokens as queries, "decoder 900", "decoder 300"."""
+    """``kind``: which queries: all tokens ("dense"), those of all maps but the finest ("high levels",
+    as in Lite DETR), "30 %" or "10 %" of all, or points anywhere ("decoder 900", "decoder 300")."""
     g = torch.Generator().manual_seed(seed)
     centres, (L, M, D, P) = token_centres(levels), (len(levels), HEADS, CHANNELS, POINTS)
     N = len(centres)
@@ -70,6 +71,8 @@ def problem(kind: str, levels: tuple[tuple[int, int], ...], device: str, dtype: 
         points = torch.rand(int(kind.split()[1]), 2, generator=g)
     elif kind == "dense":
         points = centres
+    elif kind == "high levels":
+        points = centres[levels[0][0] * levels[0][1]:]
     else:
         kept = torch.randperm(N, generator=g)[: math.ceil(N * float(kind.split()[0]) / 100)]
         cell = (centres[kept] * 16).long()
@@ -119,10 +122,12 @@ def plain_attention(p: Problem) -> Tensor:
     return output.view(B, -1, Q).transpose(1, 2).contiguous()
 
 
-def plain_key_aware(p: Problem) -> Tensor:
-    """Sample keys, sample values, softmax, sum: Lite DETR, Sec. 3.4."""
+def plain_key_aware(p: Problem, own_keys: bool) -> Tensor:
+    """Sample keys, sample values, softmax, sum: Lite DETR, Sec. 3.4. The published code samples twice
+    also where the keys are the values."""
     B, Q, M, D = p.query.shape
-    keys = sample(p.key, p.levels, p.locations).permute(0, 2, 3, 1)  # (B * M, Q, L * P, D)
+    keys = p.key if own_keys else p.value
+    keys = sample(keys, p.levels, p.locations).permute(0, 2, 3, 1)  # (B * M, Q, L * P, D)
     values = sample(p.value, p.levels, p.locations).permute(0, 2, 3, 1)
     query = p.query.transpose(1, 2).reshape(B * M, Q, 1, D)
     weights = (query @ keys.transpose(-1, -2) * D**-0.5).softmax(-1)  # (B * M, Q, 1, L * P)
@@ -213,8 +218,9 @@ def _fused(p: Problem) -> Tensor:
     return kernels.ms_deform_attn_fused(p.value, p.levels, p.reference, p.offsets, p.logits)
 
 
-def _key_aware(p: Problem) -> Tensor:
-    return kernels.key_aware_deform_attn(p.query, p.key, p.value, p.levels, p.locations)
+def _key_aware(p: Problem, own_keys: bool) -> Tensor:
+    key = p.key if own_keys else None
+    return kernels.key_aware_deform_attn(p.query, key, p.value, p.levels, p.locations)
 
 
 @dataclass(frozen=True)
@@ -224,6 +230,14 @@ class Task:
     name: str
     contenders: dict[str, Callable[[Problem], Tensor]]
     leaves: tuple[str, ...]
+
+
+def _key_aware_task(own_keys: bool) -> Task:
+    return Task(
+        "key-aware, own keys" if own_keys else "key-aware",
+        {PLAIN: partial(plain_key_aware, own_keys=own_keys), OURS: partial(_key_aware, own_keys=own_keys)},
+        ("query", *(["key"] if own_keys else []), "value", "locations"),
+    )
 
 
 def tasks(named_peers: list[str], compiled: bool) -> list[Task]:
@@ -237,8 +251,8 @@ def tasks(named_peers: list[str], compiled: bool) -> list[Task]:
         Task("attention", attention, ("value", "locations", "weights")),
         Task("fused", {"eager preparation": _prepared, OURS: _fused},
              ("value", "offsets", "logits")),
-        Task("key-aware", {PLAIN: plain_key_aware, OURS: _key_aware},
-             ("query", "key", "value", "locations")),
+        _key_aware_task(own_keys=False),
+        _key_aware_task(own_keys=True),
     ]
 
 

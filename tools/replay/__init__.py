@@ -11,7 +11,7 @@ def find_replay(case: Case):
     from . import deformable, dino, lite, ops
 
     system, config = case.meta["system"], case.config
-    if system in ("deformable_detr", "sparse_detr"):
+    if system in ("deformable_detr", "sparse_detr", "h_deformable_detr"):
         if "head_dim" in config:
             return ops.run_core
         if "reference_dim" in config:

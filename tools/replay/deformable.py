@@ -1,8 +1,9 @@
-"""Replays of Deformable DETR and Sparse DETR: whole models, from images or from feature maps."""
+"""Replays of Deformable DETR, Sparse DETR and H-DETR: whole models, from images or feature maps."""
 
 from __future__ import annotations
 
 import copy
+import re
 
 import torch
 from detectron2.config import LazyCall as L
@@ -26,7 +27,8 @@ LOGGED = ("class_error", "cardinality_error")
 def build_model(config: dict, num_classes: int, backbone_channels: list[int] | None = None):
     """The model that the published command line ``config`` describes."""
     two_stage, refine = config["two_stage"], config["with_box_refine"]
-    name = "deformable_detr_two_stage" if two_stage else "deformable_detr"
+    mixed = config.get("mixed_selection", False)  # H-DETR
+    name = "hdetr" if mixed else "deformable_detr_two_stage" if two_stage else "deformable_detr"
     model = get_config(f"models/{name}.py").model
     model.num_classes = num_classes
     transformer = model.transformer
@@ -45,8 +47,16 @@ def build_model(config: dict, num_classes: int, backbone_channels: list[int] | N
     transformer.decoder.num_layers = config["dec_layers"]
     transformer.decoder.refine = refine or two_stage
     transformer.heads.share = not refine
-    transformer.query_selection.num_queries = config["num_queries"]
-    if two_stage:
+    if mixed:
+        transformer.decoder.look_forward_twice = config["look_forward_twice"]
+        transformer.query_selection.update(
+            num_queries=config["num_queries_one2one"],
+            num_one_to_many=config["num_queries_one2many"],
+            repeat=config["k_one2many"], weight=config["lambda_one2many"],
+        )
+    else:
+        transformer.query_selection.num_queries = config["num_queries"]
+    if two_stage and not mixed:
         transformer.share_proposal_heads = not refine
         transformer.query_selection.content_from_memory = config["eff_query_init"]
         transformer.proposal_head.class_agnostic = not config["eff_specific_head"]
@@ -113,19 +123,24 @@ def convert(case: Case, model) -> dict[str, Tensor]:
 def run(case: Case) -> None:
     """Replay a whole-model case and compare everything it stores."""
     model = build_model(case.config, case.meta["num_classes"]).to(case.dtype)
-    model.train()
+    # Most cases ran in training mode, where every layer predicts; "eval" is what it says.
+    training = case.meta["mode"] != "eval"
+    model.train(training)
     model.backbone.eval()  # no stochastic depth; the norms are frozen
-    Replay(model).run(convert(case, model), lambda m: _body(case, m))
+    with torch.set_grad_enabled(training):
+        Replay(model).run(convert(case, model), lambda m: _body(case, m))
     if unchecked := case.unchecked:
         raise ValueError(f"{case.name}: arrays {unchecked} were not compared")
 
 
 def _body(case: Case, model) -> None:
     sizes = [tuple(size) for size in case.meta["image_sizes"]]
-    targets = [
-        Target(case.array(f"target_labels{i}"), case.array(f"target_boxes{i}"), size)
-        for i, size in enumerate(sizes)
-    ]
+    targets = None
+    if model.training:
+        targets = [
+            Target(case.array(f"target_labels{i}"), case.array(f"target_boxes{i}"), size)
+            for i, size in enumerate(sizes)
+        ]
     if case.meta["from_"] == "image":
         output = model.detect(images(case, MEAN, STD), targets)
     else:
@@ -134,7 +149,8 @@ def _body(case: Case, model) -> None:
         output = model.decode(features, sizes, padded, targets)
     compare_tokens(case, output)
     _compare_predictions(case, model, output)
-    _compare_losses(case, model, output, targets)
+    if targets is not None:
+        _compare_losses(case, model, output, targets)
 
 
 def images(case: Case, mean, std) -> ImageList:
@@ -186,6 +202,10 @@ def _compare_predictions(case: Case, model, output) -> None:
     if len(decoded.boxes) > 1:
         case.compare("aux_boxes", torch.stack(decoded.boxes[:-1]))
         case.compare("aux_logits_q6", torch.stack(decoded.logits[:-1])[:, :, ::6])
+    if len(output.groups) > 1:
+        second = slice(output.groups[0].size, None)
+        case.compare("one2many_boxes", decoded.boxes[-1][:, second])
+        case.compare("one2many_logits_q6", decoded.logits[-1][:, second][:, ::6])
     if output.proposals is not None:
         proposals = output.proposals
         case.compare("enc_logits_rows", at(proposals.logits, rows))
@@ -228,31 +248,37 @@ def _pairs(case: Case) -> list[str]:
 
 def _compare_losses(case: Case, model, output, targets: list[Target]) -> None:
     criterion = model.criterion
-    sets = model.transformer.predictions(output)
+    # Published code computes the second group's losses last; one object is as good as its repeats.
+    sets = sorted(model.transformer.predictions(output), key=lambda s: s.repeat > 1)
+    counts = torch.tensor([len(t.labels) for t in targets])
     calls = []
-    for call, match in enumerate(criterion.match(sets, targets)):
-        start = torch.tensor([0, *(len(t.labels) for t in targets)]).cumsum(0)
-        local, query = match.target - start[match.batch], match.query
-        if sets[call].suffix.startswith("_enc_") and output.encoded.selected is not None:
+    for call, (one, match) in enumerate(zip(sets, criterion.match(sets, targets))):
+        start = (counts * one.repeat).cumsum(0) - counts * one.repeat
+        local, query = (match.target - start[match.batch]) % counts[match.batch], match.query
+        if one.suffix.startswith("_enc_") and output.encoded.selected is not None:
             query = output.encoded.intermediate["order"][match.batch, query]  # its rank
         calls.append(torch.stack([torch.full_like(local, call), match.batch, query, local], 1))
     found, wanted = torch.cat(calls).tolist(), case.arrays["matches"].tolist()
     case.decide("matches", sorted(found) == sorted(wanted))
 
-    raw = {name.replace("loss_class", "loss_ce"): (value, weight)
-           for name, value, weight in criterion.losses(sets, targets)}
-    total = sum(value * weight for value, weight in raw.values())
+    raw, total = {}, 0.0
+    for name, value, weight in criterion.losses(sets, targets):
+        total = total + value * weight
+        if "_one2many" in name:  # published: in other order, and already times its branch's weight
+            name = re.sub(r"(_one2many)(_\d+)", r"\2\1", name)
+            value = value * case.config["lambda_one2many"]
+        raw[name.replace("loss_class", "loss_ce")] = value
     encoder = model.transformer.encoder
     for name, value in encoder.losses(output.encoded, output.decoded, output.tokens,
                                       targets).items():
         total = total + value
-        raw[name] = (value / case.config["mask_prediction_coef"], None)
+        raw[name] = value / case.config["mask_prediction_coef"]
     for name, value in encoder.metrics(output.encoded).items():
-        raw[name] = (value, None)
+        raw[name] = value
     case.skip("loss_values")
     for name, wanted in zip(case.meta["loss_names"], case.arrays["loss_values"]):
         if not name.startswith(LOGGED):
-            case.compare(f"loss:{name}", raw.pop(name)[0].reshape(()), wanted, "loss_values")
+            case.compare(f"loss:{name}", raw.pop(name).reshape(()), wanted, "loss_values")
     assert not raw, f"{case.name}: losses {list(raw)} are not in the published model"
     case.compare("total_loss", total.reshape(1))
     if output.encoded.selected is not None:

@@ -90,13 +90,12 @@ void attention_forward(const Attention<T>& in, T* output, int64_t first, int64_t
     readers[i & 1].read(row, int(m));
     readers[i & 1].samples.weigh();
     corners[i & 1].point_to(in.value + row / s.Q * s.image_stride() + m * s.D, readers[i & 1].samples);
-    corners[i & 1].prefetch();
   };
   prepare(first * s.M);
   for (int64_t i = first * s.M; i < last * s.M; ++i) {
     if (i + 1 < last * s.M) prepare(i + 1);
     T* const to = output + in.order[i / s.M] * s.token_stride() + i % s.M * s.D;
-    weighted_sum(corners[i & 1], readers[i & 1].samples, s.D, to);
+    weighted_sum(corners[i & 1], readers[i & 1].samples, s.D, to, corners[~i & 1]);
   }
 }
 
@@ -107,57 +106,67 @@ void attention_backward(const Attention<T>& in, const AttentionGradients<T>& gra
   const Sizes& s = in.sizes;
   const int dim = in.reference_dim, P = s.P;
   const bool slopes_wanted = grad.coordinates.data || grad.shares.data || grad.reference_of_heads;
-  Reader<T, A> reader(in, level * P, (level_end - level) * P);
-  Samples<A>& samples = reader.samples;
-  const int chunks = int(samples.chunks.size()), padded = chunks * kChunk;
-  Corners<const T> corners(s, chunks);
-  Corners<A> grad_corners(s, chunks);
+  const int first_sample = level * P, count = (level_end - level) * P;
+  // Two sets, in turn, as in the forward pass.
+  Reader<T, A> readers[2] = {{in, first_sample, count}, {in, first_sample, count}};
+  const int chunks = int(readers[0].samples.chunks.size()), padded = chunks * kChunk;
+  Corners<const T> corners[2] = {{s, chunks}, {s, chunks}};
+  Corners<A> grad_corners[2] = {{s, chunks}, {s, chunks}};
   Dots<A> dots(chunks);
   std::vector<A> grad_output(s.D), grad_x(padded), grad_y(padded), grad_xy(2 * padded),
       grad_share(padded);
-  for (int64_t i = b * s.Q; i < (b + 1) * s.Q; ++i) {
-    const int64_t row = in.order[i];
-    for (int m = head; m < head_end; ++m) {
-      const int64_t offset = b * s.image_stride() + m * s.D;
-      reader.read(row, m);
-      if (slopes_wanted) corners.point_to(in.value + offset, samples);
-      if (grad.value) grad_corners.point_to(grad.value + offset, samples);
-      const T* from = grad.grad_output + row * s.token_stride() + m * s.D;
-      for (int c = 0; c < s.D; ++c) grad_output[c] = load_one(from + c);
-      if (slopes_wanted) {
-        corner_dots(corners, s.D, grad_output.data(), dots);
-        for (int c = 0; c < chunks; ++c) {
-          const Chunk<A>& chunk = samples.chunks[c];
-          Slopes<A> slope;
-          slopes(chunk, dots[c], slope);
-          for (int j = 0; j < kChunk; ++j) {
-            const int i = c * kChunk + j;
-            grad_share[i] = slope.value[j];
-            grad_x[i] = slope.by_x[j] * chunk.share[j];  // per pixel
-            grad_y[i] = slope.by_y[j] * chunk.share[j];
-          }
+  const int heads = head_end - head;
+  const auto row_of = [&](int64_t i) { return in.order[b * s.Q + i / heads]; };
+  const auto prepare = [&](int64_t i) {
+    const int m = head + int(i % heads);
+    const int64_t offset = b * s.image_stride() + m * s.D;
+    Reader<T, A>& reader = readers[i & 1];
+    reader.read(row_of(i), m);
+    if (slopes_wanted) corners[i & 1].point_to(in.value + offset, reader.samples);
+    if (grad.value) grad_corners[i & 1].point_to(grad.value + offset, reader.samples);
+  };
+  if (s.Q > 0) prepare(0);
+  for (int64_t i = 0; i < s.Q * heads; ++i) {
+    if (i + 1 < s.Q * heads) prepare(i + 1);
+    const int64_t row_head = row_of(i) * s.M + head + i % heads;
+    const Reader<T, A>& reader = readers[i & 1];
+    const Samples<A>& samples = reader.samples;
+    const T* from = grad.grad_output + row_head * s.D;
+    for (int c = 0; c < s.D; ++c) grad_output[c] = load_one(from + c);
+    if (slopes_wanted) {
+      corner_dots(corners[i & 1], s.D, grad_output.data(), dots, corners[~i & 1]);
+      for (int c = 0; c < chunks; ++c) {
+        const Chunk<A>& chunk = samples.chunks[c];
+        Slopes<A> slope;
+        slopes(chunk, dots[c], slope);
+        for (int j = 0; j < kChunk; ++j) {
+          const int k = c * kChunk + j;
+          grad_share[k] = slope.value[j];
+          grad_x[k] = slope.by_x[j] * chunk.share[j];  // per pixel
+          grad_y[k] = slope.by_y[j] * chunk.share[j];
         }
-        if (grad.reference_of_heads)
-          reference_gradient(samples, s, dim, level, level_end, grad_x.data(), grad_y.data(),
-                             grad.reference_of_heads + (row * s.M + m) * s.L * dim);
-        for (int c = 0; c < chunks; ++c) {
-          const Chunk<A>& chunk = samples.chunks[c];
-          for (int j = 0; j < kChunk; ++j) {
-            const int i = c * kChunk + j;
-            grad_xy[2 * i] = grad_x[i] * chunk.scale_x[j];
-            grad_xy[2 * i + 1] = grad_y[i] * chunk.scale_y[j];
-          }
-        }
-        if (dim > 0 && samples.count == s.samples())
-          softmax_gradient(samples.count, reader.shares(), grad_share.data());
-        const int64_t first = (row * s.M + m) * s.samples() + samples.first;
-        if (grad.coordinates.data)
-          store_row(grad.coordinates, 2 * first, 2 * samples.count, grad_xy.data());
-        if (grad.shares.data) store_row(grad.shares, first, samples.count, grad_share.data());
       }
-      if (grad.value)
-        scatter(grad_corners, samples, s.D, {{reader.shares() + samples.first, grad_output.data()}});
+      if (grad.reference_of_heads)
+        reference_gradient(samples, s, dim, level, level_end, grad_x.data(), grad_y.data(),
+                           grad.reference_of_heads + row_head * s.L * dim);
+      for (int c = 0; c < chunks; ++c) {
+        const Chunk<A>& chunk = samples.chunks[c];
+        for (int j = 0; j < kChunk; ++j) {
+          const int k = c * kChunk + j;
+          grad_xy[2 * k] = grad_x[k] * chunk.scale_x[j];
+          grad_xy[2 * k + 1] = grad_y[k] * chunk.scale_y[j];
+        }
+      }
+      if (dim > 0 && samples.count == s.samples())
+        softmax_gradient(samples.count, reader.shares(), grad_share.data());
+      const int64_t first = row_head * s.samples() + samples.first;
+      if (grad.coordinates.data)
+        store_row(grad.coordinates, 2 * first, 2 * samples.count, grad_xy.data());
+      if (grad.shares.data) store_row(grad.shares, first, samples.count, grad_share.data());
     }
+    if (grad.value)
+      scatter(grad_corners[i & 1], samples, s.D,
+              {{reader.shares() + samples.first, grad_output.data()}}, grad_corners[~i & 1]);
   }
 }
 

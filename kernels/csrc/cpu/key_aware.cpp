@@ -35,10 +35,8 @@ void key_aware_forward(const KeyAware<T>& in, T* output, Accumulator<T>* lse, in
     const int64_t base = row / s.Q * s.image_stride() + m * s.D;
     locate(in, row, int(m), samples_of[i & 1]);
     keys_of[i & 1].point_to(in.key + base, samples_of[i & 1]);
-    keys_of[i & 1].prefetch();
     if (shared) return;
     values_of[i & 1].point_to(in.value + base, samples_of[i & 1]);
-    values_of[i & 1].prefetch();
   };
   Dots<A> dots(chunks);
   std::vector<A> query(s.D), scores(chunks * kChunk);
@@ -50,7 +48,7 @@ void key_aware_forward(const KeyAware<T>& in, T* output, Accumulator<T>* lse, in
     Samples<A>& samples = samples_of[i & 1];
     const Corners<const T>& keys = keys_of[i & 1];
     widen(in.query + head * s.D, s.D, query.data());
-    corner_dots(keys, s.D, query.data(), dots);
+    corner_dots(keys, s.D, query.data(), dots, keys_of[~i & 1]);
     for (int c = 0; c < chunks; ++c) {
       Slopes<A> slope;
       slopes(samples.chunks[c], dots[c], slope);
@@ -59,7 +57,8 @@ void key_aware_forward(const KeyAware<T>& in, T* output, Accumulator<T>* lse, in
     lse[head] = softmax(samples.count, scores);
     samples.set_shares(scores.data());
     samples.weigh();
-    weighted_sum(shared ? keys : values_of[i & 1], samples, s.D, output + head * s.D);
+    weighted_sum((shared ? keys_of : values_of)[i & 1], samples, s.D, output + head * s.D,
+                 (shared ? keys_of : values_of)[~i & 1]);
   }
 }
 
@@ -69,65 +68,74 @@ void key_aware_backward(const KeyAware<T>& in, const KeyAwareGradients<T>& grad,
   using A = Accumulator<T>;
   const Sizes& s = in.sizes;
   const bool shared = in.key == in.value;  // keys are the values: one gradient for both
-  Samples<A> samples(s, 0, s.samples());
-  const int n = samples.count, chunks = int(samples.chunks.size()), padded = chunks * kChunk;
-  Corners<const T> keys(s, chunks), values(s, chunks);
-  Corners<A> grad_keys(s, chunks), grad_values(s, chunks);
+  // Two sets, in turn, as in the forward pass.
+  Samples<A> samples_of[2] = {{s, 0, s.samples()}, {s, 0, s.samples()}};
+  const int n = samples_of[0].count, chunks = int(samples_of[0].chunks.size()), padded = chunks * kChunk;
+  Corners<const T> keys_of[2] = {{s, chunks}, {s, chunks}}, values_of[2] = {{s, chunks}, {s, chunks}};
+  Corners<A> grad_keys_of[2] = {{s, chunks}, {s, chunks}}, grad_values_of[2] = {{s, chunks}, {s, chunks}};
+  const int heads = head_end - head;
+  const auto row_of = [&](int64_t i) { return in.order[b * s.Q + i / heads]; };
+  const auto prepare = [&](int64_t i) {
+    const int m = head + int(i % heads);
+    const int64_t offset = b * s.image_stride() + m * s.D;
+    Samples<A>& samples = samples_of[i & 1];
+    locate(in, row_of(i), m, samples);
+    keys_of[i & 1].point_to(in.key + offset, samples);
+    if (!shared) values_of[i & 1].point_to(in.value + offset, samples);
+    if (grad.value) grad_values_of[i & 1].point_to(grad.value + offset, samples);
+    if (!shared && grad.key) grad_keys_of[i & 1].point_to(grad.key + offset, samples);
+  };
   Dots<A> key_dots(chunks), value_dots(chunks);
   std::vector<Slopes<A>> by_key(chunks), by_value(chunks);
   std::vector<A> query(s.D), grad_output(s.D), weight(padded), grad_score(padded), grad_xy(2 * padded);
   const A scale = 1 / std::sqrt(A(s.D));
-  for (int64_t i = b * s.Q; i < (b + 1) * s.Q; ++i) {
-    const int64_t row = in.order[i];
-    for (int m = head; m < head_end; ++m) {
-      const int64_t offset = row * s.token_stride() + m * s.D;
-      const int64_t image = b * s.image_stride() + m * s.D;
-      locate(in, row, m, samples);
-      widen(in.query + offset, s.D, query.data());
-      widen(grad.grad_output + offset, s.D, grad_output.data());
-      keys.point_to(in.key + image, samples);
-      values.point_to(in.value + image, samples);
-      if (grad.value) grad_values.point_to(grad.value + image, samples);
-      if (!shared && grad.key) grad_keys.point_to(grad.key + image, samples);
-      corner_dots(keys, s.D, query.data(), key_dots);
-      corner_dots(values, s.D, grad_output.data(), value_dots);
+  if (s.Q > 0) prepare(0);
+  for (int64_t i = 0; i < s.Q * heads; ++i) {
+    if (i + 1 < s.Q * heads) prepare(i + 1);
+    const int now = i & 1, next = ~i & 1;
+    const int64_t row_head = row_of(i) * s.M + head + i % heads;
+    Samples<A>& samples = samples_of[now];
+    const Corners<const T>* value_corners = shared ? keys_of : values_of;
+    widen(in.query + row_head * s.D, s.D, query.data());
+    widen(grad.grad_output + row_head * s.D, s.D, grad_output.data());
+    corner_dots(keys_of[now], s.D, query.data(), key_dots, keys_of[next]);
+    corner_dots(value_corners[now], s.D, grad_output.data(), value_dots, value_corners[next]);
 
-      const A lse = grad.lse[row * s.M + m];
-      A mean = 0;
-      for (int c = 0; c < chunks; ++c) {
-        slopes(samples.chunks[c], key_dots[c], by_key[c]);
-        slopes(samples.chunks[c], value_dots[c], by_value[c]);
-        for (int j = 0; j < kChunk; ++j)
-          weight[c * kChunk + j] = exp_nonpositive(scale * by_key[c].value[j] - lse);
-        for (int j = 0; j < samples.chunks[c].count; ++j)
-          mean += weight[c * kChunk + j] * by_value[c].value[j];
+    const A lse = grad.lse[row_head];
+    A mean = 0;
+    for (int c = 0; c < chunks; ++c) {
+      slopes(samples.chunks[c], key_dots[c], by_key[c]);
+      slopes(samples.chunks[c], value_dots[c], by_value[c]);
+      for (int j = 0; j < kChunk; ++j)
+        weight[c * kChunk + j] = exp_nonpositive(scale * by_key[c].value[j] - lse);
+      for (int j = 0; j < samples.chunks[c].count; ++j)
+        mean += weight[c * kChunk + j] * by_value[c].value[j];
+    }
+    for (int c = 0; c < chunks; ++c) {
+      const Chunk<A>& chunk = samples.chunks[c];
+      for (int j = 0; j < kChunk; ++j) {
+        const int k = c * kChunk + j;
+        const A w = weight[k], g = scale * w * (by_value[c].value[j] - mean);
+        grad_score[k] = g;
+        grad_xy[2 * k] = (w * by_value[c].by_x[j] + g * by_key[c].by_x[j]) * chunk.width[j];
+        grad_xy[2 * k + 1] = (w * by_value[c].by_y[j] + g * by_key[c].by_y[j]) * chunk.height[j];
       }
-      for (int c = 0; c < chunks; ++c) {
-        const Chunk<A>& chunk = samples.chunks[c];
-        for (int j = 0; j < kChunk; ++j) {
-          const int i = c * kChunk + j;
-          const A w = weight[i], g = scale * w * (by_value[c].value[j] - mean);
-          grad_score[i] = g;
-          grad_xy[2 * i] = (w * by_value[c].by_x[j] + g * by_key[c].by_x[j]) * chunk.width[j];
-          grad_xy[2 * i + 1] = (w * by_value[c].by_y[j] + g * by_key[c].by_y[j]) * chunk.height[j];
-        }
-      }
-      if (grad.locations)
-        std::copy_n(grad_xy.data(), 2 * n, grad.locations + 2 * (row * s.M + m) * n);
+    }
+    if (grad.locations) std::copy_n(grad_xy.data(), 2 * n, grad.locations + 2 * row_head * n);
 
-      if (grad.query) {
-        samples.set_shares(grad_score.data());
-        samples.weigh();
-        weighted_sum(keys, samples, s.D, grad.query + offset);
-      }
-      const Term<A> by_values = {weight.data(), grad_output.data()};
-      const Term<A> by_scores = {grad_score.data(), query.data()};
-      if (shared) {
-        if (grad.value) scatter(grad_values, samples, s.D, {by_values, by_scores});
-      } else {
-        if (grad.value) scatter(grad_values, samples, s.D, {by_values});
-        if (grad.key) scatter(grad_keys, samples, s.D, {by_scores});
-      }
+    if (grad.query) {
+      samples.set_shares(grad_score.data());
+      samples.weigh();
+      weighted_sum(keys_of[now], samples, s.D, grad.query + row_head * s.D, keys_of[now]);
+    }
+    const Term<A> by_values = {weight.data(), grad_output.data()};
+    const Term<A> by_scores = {grad_score.data(), query.data()};
+    if (shared) {
+      if (grad.value)
+        scatter(grad_values_of[now], samples, s.D, {by_values, by_scores}, grad_values_of[next]);
+    } else {
+      if (grad.value) scatter(grad_values_of[now], samples, s.D, {by_values}, grad_values_of[next]);
+      if (grad.key) scatter(grad_keys_of[now], samples, s.D, {by_scores}, grad_keys_of[next]);
     }
   }
 }

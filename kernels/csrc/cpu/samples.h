@@ -282,13 +282,6 @@ class Corners {
     }
   }
 
-  // Asks for the cache lines of all corners.
-  void prefetch() const {
-    for (const Addresses& chunk : chunks_)
-      for (T* const* at = &chunk.at[0][0]; at != &chunk.at[0][0] + 4 * kChunk; ++at)
-        for (size_t c = 0; c < outside_.size(); c += 64 / sizeof(T)) __builtin_prefetch(*at + c);
-  }
-
   const Addresses& operator[](size_t chunk) const { return chunks_[chunk]; }
 
  private:
@@ -297,9 +290,18 @@ class Corners {
   int64_t bytes_;
 };
 
+// The loops below ask for the cache lines of `next`, the corners that the same loop meets in its next
+// call, while they work: one corner for each of theirs, because a processor that has some 16 requests
+// open stops at one more.
+template <int C, typename T>
+inline void prefetch(const T* row) {
+  for (size_t c = 0; c < C; c += 64 / sizeof(T)) __builtin_prefetch(row + c);
+}
+
 // out[0..D) = sum over samples and corners of weight * value at the corner.
 template <typename T, typename A = Accumulator<T>>
-inline void weighted_sum(const Corners<const T>& corners, const Samples<A>& samples, int D, T* out) {
+inline void weighted_sum(const Corners<const T>& corners, const Samples<A>& samples, int D, T* out,
+                         const Corners<const T>& next) {
   for_each_block(D, [&](auto channels, int c) {
     constexpr int C = channels, W = kLanes<A, C>, K = C / W;
     using V = Vector<A, W>;
@@ -308,10 +310,13 @@ inline void weighted_sum(const Corners<const T>& corners, const Samples<A>& samp
     for (size_t k = 0; k < samples.chunks.size(); ++k) {
       const Chunk<A>& chunk = samples.chunks[k];
       const auto& at = corners[k].at;
+      const auto& next_at = next[k].at;
       for (int j = 0; j < chunk.count; ++j) {
-        for (int i = 0; i < 4; ++i)
+        for (int i = 0; i < 4; ++i) {
+          prefetch<C>(next_at[i][j] + c);
           for (int v = 0; v < K; ++v)
             sum[i % kChains][v] += chunk.weight[i][j] * load<W>(at[i][j] + c + v * W);
+        }
       }
     }
     for (int v = 0; v < K; ++v) {
@@ -326,7 +331,8 @@ template <typename A>
 using Dots = std::vector<std::array<A, 4 * kChunk>>;
 
 template <typename T, typename A = Accumulator<T>>
-inline void corner_dots(const Corners<const T>& corners, int D, const A* vector, Dots<A>& dots) {
+inline void corner_dots(const Corners<const T>& corners, int D, const A* vector, Dots<A>& dots,
+                        const Corners<const T>& next) {
   for_each_block(D, [&](auto channels, int c) {
     constexpr int C = channels, W = kLanes<A, C>, K = C / W;
     using V = Vector<A, W>;
@@ -335,7 +341,9 @@ inline void corner_dots(const Corners<const T>& corners, int D, const A* vector,
     for (size_t k = 0; k < dots.size(); ++k) {
       for (int j = 0; j < 4 * kChunk; j += W) {
         const T* const* row = &corners[k].at[0][0] + j;
+        const T* const* next_row = &next[k].at[0][0] + j;
         V sums = lane_sums<A, W>([&](int lane) {
+          prefetch<C>(next_row[lane] + c);
           V products = load<W>(row[lane] + c) * factor[0];
           for (int v = 1; v < K; ++v) products += load<W>(row[lane] + c + v * W) * factor[v];
           return products;
@@ -354,7 +362,7 @@ struct Term { const A* share; const A* vector; };
 // value at the corner += bilinear weight * sum of the terms
 template <typename A, int Terms>
 inline void scatter(const Corners<A>& corners, const Samples<A>& samples, int D,
-                    const Term<A> (&terms)[Terms]) {
+                    const Term<A> (&terms)[Terms], const Corners<A>& next) {
   for_each_block(D, [&](auto channels, int c) {
     constexpr int C = channels, W = kLanes<A, C>, K = C / W;
     using V = Vector<A, W>;
@@ -364,6 +372,7 @@ inline void scatter(const Corners<A>& corners, const Samples<A>& samples, int D,
     for (size_t k = 0; k < samples.chunks.size(); ++k) {
       const Chunk<A>& chunk = samples.chunks[k];
       const auto& at = corners[k].at;
+      const auto& next_at = next[k].at;
       for (int j = 0; j < chunk.count; ++j) {
         V row[K];
         for (int v = 0; v < K; ++v) {
@@ -372,6 +381,7 @@ inline void scatter(const Corners<A>& corners, const Samples<A>& samples, int D,
         }
         for (int i = 0; i < 4; ++i) {
           A* p = at[i][j] + c;
+          prefetch<C>(next_at[i][j] + c);
           for (int v = 0; v < K; ++v)
             store<W>(p + v * W, V(load<W>(p + v * W) + chunk.bilinear[i][j] * row[v]));
         }

@@ -37,13 +37,20 @@ def sampling_locations(reference: Tensor, offsets: Tensor, shapes: LevelShapes) 
     Returns:
         (B, Q, M, L, P, 2).
     """
-    reference = reference[:, :, None, :, None]  # (B, Q, 1, L, 1, 2 or 4)
-    if reference.shape[-1] == 2:
-        size = level_sizes(shapes, reference)  # (L, 2)
-        return torch.addcdiv(reference, offsets, size[:, None])
     num_points = offsets.shape[-2]
-    centre, size = reference.split(2, dim=-1)
-    return torch.addcmul(centre, offsets, size * (0.5 / num_points))
+
+    def of_points(x: Tensor) -> Tensor:  # (..., L, 2) -> (..., L, P * 2): long rows, for speed
+        return x[..., None, :].expand(*x.shape[:-1], num_points, 2).flatten(-2)
+
+    rows = offsets.flatten(-2)  # (B, Q, M, L, P * 2)
+    reference = reference[:, :, None]  # (B, Q, 1, L, 2 or 4)
+    if reference.shape[-1] == 2:
+        sizes = level_sizes(shapes, reference)  # (L, 2)
+        locations = torch.addcdiv(of_points(reference), rows, of_points(sizes))
+    else:
+        centre, size = reference.split(2, dim=-1)
+        locations = torch.addcmul(of_points(centre), rows, of_points(size * (0.5 / num_points)))
+    return locations.unflatten(-1, (num_points, 2))
 
 
 def initial_offsets(num_heads: int, num_levels: int, num_points: int) -> Tensor:
