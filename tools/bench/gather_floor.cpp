@@ -1,0 +1,83 @@
+// How fast this machine can fetch what a decoder's deformable attention reads, without computing
+// anything: the floor under `tools/benchmark.py op`, decoder rows.
+//
+//     g++ -O3 -mavx512f tools/bench/gather_floor.cpp -o /tmp/gather_floor && /tmp/gather_floor
+//
+// 8 heads x 16 samples x 4 corners of 128 bytes per query, from maps of 22 223 tokens of 1 KB that take
+// turns. Queries are visited by cells of a 12 x 12 grid, and each line of a head is asked for while the
+// head before is read, as in the operator.
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+typedef float Vector __attribute__((vector_size(64)));
+
+constexpr int kWidth[] = {167, 84, 42, 21}, kHeight[] = {100, 50, 25, 13};
+constexpr int kStart[] = {0, 16700, 20900, 21950}, kTokens = 22223, kHeads = 8, kPoints = 4;
+constexpr int kRows = 4 * 4 * kPoints;  // per head
+
+// Byte offsets of all corners of all heads of the queries, in the order of their visit.
+std::vector<uint32_t> corners(int queries, unsigned seed) {
+  std::mt19937 random(seed);
+  std::uniform_real_distribution<float> uniform;
+  std::normal_distribution<float> normal;
+  std::vector<std::pair<float, float>> points(queries);
+  for (auto& p : points) p = {uniform(random), uniform(random)};
+  const auto cell = [](auto p) { return int(p.second * 12) * 12 + int(p.first * 12); };
+  std::stable_sort(points.begin(), points.end(), [&](auto a, auto b) { return cell(a) < cell(b); });
+  std::vector<uint32_t> rows;
+  for (auto [px, py] : points)
+    for (int m = 0; m < kHeads; ++m)
+      for (int l = 0; l < 4; ++l)
+        for (int p = 1; p <= kPoints; ++p) {
+          const float angle = m * 6.2831853f / kHeads, dx = std::cos(angle), dy = std::sin(angle);
+          const float step = p / std::max(std::abs(dx), std::abs(dy));
+          const float x = px * kWidth[l] + dx * step + normal(random) - 0.5f;
+          const float y = py * kHeight[l] + dy * step + normal(random) - 0.5f;
+          const int column = std::clamp(int(std::floor(x)), 0, kWidth[l] - 2);
+          const int row = std::clamp(int(std::floor(y)), 0, kHeight[l] - 2);
+          for (int corner : {0, 1, kWidth[l], kWidth[l] + 1})
+            rows.push_back((kStart[l] + row * kWidth[l] + column + corner) * 1024 + m * 128);
+        }
+  return rows;
+}
+
+double milliseconds(const char* map, const std::vector<uint32_t>& rows) {
+  const auto start = std::chrono::steady_clock::now();
+  Vector sum[4] = {};
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const char* next = map + rows[std::min(i + kRows, rows.size() - 1)];
+    __builtin_prefetch(next);
+    __builtin_prefetch(next + 64);
+    const Vector* row = reinterpret_cast<const Vector*>(map + rows[i]);
+    sum[i % 2] += row[0];
+    sum[2 + i % 2] += row[1];
+  }
+  volatile float used = (sum[0] + sum[1] + sum[2] + sum[3])[0];
+  (void)used;
+  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+}
+
+int main() {
+  constexpr int kMaps = 4;
+  std::vector<char*> maps;
+  for (int i = 0; i < kMaps; ++i) {
+    maps.push_back(static_cast<char*>(std::aligned_alloc(64, kTokens * 1024)));
+    std::fill_n(reinterpret_cast<float*>(maps[i]), kTokens * 256, float(i));
+  }
+  for (int queries : {900, 300}) {
+    std::vector<std::vector<uint32_t>> rows;
+    for (int i = 0; i < kMaps; ++i) rows.push_back(corners(queries, i));
+    std::vector<double> times;
+    for (int i = 0; i < 100; ++i) times.push_back(milliseconds(maps[i % kMaps], rows[i % kMaps]));
+    std::sort(times.begin(), times.end());
+    const double samples = queries * kHeads * 4 * kPoints;
+    std::printf("decoder %d: best %.2f, median %.2f ms, %.1f ns per sample\n", queries, times[0],
+                times[times.size() / 2], times[times.size() / 2] * 1e6 / samples);
+  }
+}
