@@ -59,7 +59,7 @@ def sampling_locations(
         locations = torch.addcdiv(of_points(reference), rows, of_points(size))
     else:
         centre, size = reference.split(2, dim=-1)
-        locations = torch.addcmul(of_points(centre), rows, of_points(size * (0.5 / points)))
+        locations = torch.addcmul(of_points(centre), rows, of_points(size / max(2 * points, 1)))
     return locations.unflatten(-1, (points, 2))
 
 
