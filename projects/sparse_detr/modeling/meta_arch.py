@@ -147,8 +147,9 @@ class SetDetector(nn.Module):
             self._check_classes(entry)
             instances = entry["instances"].to(self.device)
             height, width = instances.image_size
-            scale = self.pixel_mean.new_tensor([width, height, width, height])
-            boxes = instances.gt_boxes.tensor.to(self.pixel_mean.dtype) / scale
+            boxes = instances.gt_boxes.tensor.to(self.pixel_mean.dtype)
+            scale = torch.tensor([width, height, width, height], dtype=boxes.dtype)
+            boxes = boxes / scale.to(self.device, non_blocking=True)
             targets.append(
                 Target(instances.gt_classes, xyxy_to_cxcywh(boxes), (height, width))
             )
