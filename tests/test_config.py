@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from sparse_detr.config import apply_overrides, config_path, get_config, list_configs, load_config
+from sparse_detr.errors import UserError
 
 QUICK = "quick/deformable_detr_shapes"
 
@@ -81,6 +82,43 @@ def test_a_plus_adds_a_key_on_purpose():
 def test_unreadable_overrides_are_explained(override, message):
     with pytest.raises(ValueError, match=message.replace("+", r"\+")):
         overridden(override)
+
+
+@pytest.mark.parametrize(
+    "name", ["data (1)", "a,b", "a=b", "50%", "ü", "a'b", "a#b", "a&b", "[x]", "{y}", "a:b", "a\\"]
+)
+def test_a_path_may_have_any_characters(name):
+    for path in (f"/data/{name}/train.json", f"data/{name}/", f"/data/{name}"):
+        assert overridden(f"train.max_iter={path}").train.max_iter == path
+
+
+def test_a_path_may_start_at_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert overridden("train.max_iter=~/x.json").train.max_iter == "/home/me/x.json"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.steps=20,30", r"a list is written \[20,30\]"),
+        ("optimizer.steps=20", r"is a list: write \[20\]"),
+        ("train.amp.enabled=no", "train.amp.enabled is true or false"),
+        ("train.amp.enabled=null", "train.amp.enabled is true or false"),
+        ("train.amp={enabled: off}", "train.amp.enabled is true or false"),
+        ("train.amp=true", "train.amp is a section: set one of its keys, train.amp.enabled="),
+        ("model=resnet", "model is a section"),
+        ("train.max_iter=None", "train.max_iter cannot be None: write null"),
+        ("train.max_iter=a (b)", "cannot read .* quoted twice, once for the shell: .*'a \\(b\\)'"),
+    ],
+)
+def test_a_value_of_another_kind_is_an_error_that_says_how_to_write_it(override, message):
+    with pytest.raises(UserError, match=message):
+        overridden(override)
+
+
+def test_sections_and_lists_take_null_and_their_kind():
+    cfg = overridden("train.amp=null", "optimizer.rules={backbone: 1}", "optimizer.steps=[]")
+    assert cfg.train.amp is None and cfg.optimizer.rules.backbone == 1 and cfg.optimizer.steps == []
 
 
 def test_shipped_configs_are_found_by_name():
