@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 
+import torch
 from detectron2.config import LazyConfig
 from detectron2.utils.registry import locate
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -44,12 +45,18 @@ def get_config(name: str, overrides: Iterable[str] = ()) -> DictConfig:
 
 
 def load_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
-    """Loads a config from a file (``.py``, or a run's ``config.yaml``) or by its shipped name.
+    """Loads a config by its file (``.py``, or a run's ``config.yaml``), a run's folder or a shipped name.
+
+    A ``.py`` file defines ``model``, ``dataloader``, ``train``, ...; or ``cfg`` with all of them, such
+    as ``get_config`` returns it.
 
     Raises:
         UserError: there is no such config, or an override does not fit it.
     """
     cfg = LazyConfig.load(config_path(path))
+    if "model" not in cfg and isinstance(cfg.get("cfg"), DictConfig):
+        # a copy: interpolations count from its root
+        cfg = OmegaConf.create(cfg.cfg, flags={"allow_objects": True})
     apply_overrides(cfg, overrides)
     return cfg
 
@@ -92,14 +99,39 @@ def resolve_classes(cfg: DictConfig) -> None:
         )
 
 
+def resolve_device(name: str, key: str = "device") -> torch.device:
+    """The device of that name; "auto" is the GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: there is no such device; ``key`` is what the message calls it.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        device = torch.device(name if name != "auto" else "cuda" if gpus else "cpu")
+    except RuntimeError:
+        raise UserError(f"{key}={name}: expected auto, cuda, cuda:0 or cpu") from None
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        seen = f"torch sees {gpus} GPUs" if gpus else "torch sees no GPU"
+        raise UserError(f"{key}={name}, but {seen}: pass {key}=cpu")
+    return device
+
+
 def config_path(name: str) -> str:
-    """The file behind a path or a shipped config's name."""
-    if os.path.isfile(name):
-        return name
+    """The file behind a path, a run's folder or a shipped config's name."""
+    if not name:
+        raise UserError(
+            "no config is named: pass --config-file with a file, a run's folder, or a shipped config "
+            "such as custom/sparse_detr_r50 or dino/dino_r50_4scale_12ep (sparse_detr.list_configs() has all)"
+        )
+    for file in (name, os.path.join(name, "config.yaml")):
+        if os.path.isfile(file):
+            return file
     shipped = name.removeprefix("configs/").removesuffix(".py")
     shipped_path = os.path.join(_config_root(), *shipped.split("/")) + ".py"
     if os.path.isfile(shipped_path):  # also the pieces that list_configs() leaves out
         return shipped_path
+    if os.path.isdir(name):
+        raise UserError(f"{name} is no output folder of a run: it holds no config.yaml")
     close = difflib.get_close_matches(shipped, list_configs(), n=3)
     raise UserError(
         f"there is no config {name!r}, neither a file nor a shipped one. "
