@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from detectron2.utils import comm
 from PIL import Image
 
+from ..errors import UserError
+
 logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 10.0
@@ -95,18 +97,18 @@ def read_annotations(json_file: str) -> dict:
         with open(json_file, encoding="utf-8") as file:
             content = json.load(file)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"cannot read the annotations {os.path.abspath(json_file)}: {error.strerror}"
         ) from None
     except ValueError as error:
-        raise ValueError(f"{json_file} is not a JSON file: {error}") from None
+        raise UserError(f"{json_file} is not a JSON file: {error}") from None
     keys = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not all(
         isinstance(content.get(key), list) and all(isinstance(x, dict) for x in content[key])
         for key in keys
     ):
         found = ", ".join(content) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(
+        raise UserError(
             f"{json_file} is not in COCO format: expected an object with the lists of records "
             f"{', '.join(keys)}, found {found}. Other formats (Pascal VOC, YOLO) must be converted"
         )
@@ -117,7 +119,7 @@ def category_names(json_file: str) -> list[str]:
     """The names of a JSON's categories, in the order of their ids: class k is the k-th name."""
     names = _names(read_annotations(json_file))
     if not names:
-        raise ValueError(f"{json_file} has no categories: its annotations belong to no class")
+        raise UserError(f"{json_file} has no categories: its annotations belong to no class")
     return names
 
 
@@ -134,7 +136,7 @@ def check_data(
     error = _check_and_log(train, val) if comm.is_main_process() else None
     error = comm.all_gather(error)[0]  # the other processes wait for the answer
     if error:
-        raise ValueError(error)
+        raise UserError(error)
 
 
 def _check_and_log(train: tuple[str, str] | None, val: tuple[str, str] | None) -> str | None:
@@ -168,7 +170,7 @@ def check_coco(json_file: str, image_root: str, *, evaluated: bool = False) -> R
         ValueError: the JSON cannot be read, is not in COCO format, or the folder does not exist.
     """
     if not os.path.isdir(image_root):
-        raise ValueError(f"there is no image folder {os.path.abspath(image_root)}")
+        raise UserError(f"there is no image folder {os.path.abspath(image_root)}")
     report = Report(str(json_file), str(image_root), read_annotations(json_file))
     _check_categories(report)
     _check_images(report)
