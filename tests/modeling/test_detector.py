@@ -128,6 +128,14 @@ def test_training_without_annotations_is_refused():
         tiny_model().train()([sample(64, 64, annotated=False)])
 
 
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_class_that_the_model_does_not_have_is_named(label):
+    entry = sample(64, 64)
+    entry["instances"].gt_classes[1] = label
+    with pytest.raises(ValueError, match=f"image0.jpg has an object of class {label}, .* has 3 classes"):
+        tiny_model().train()([entry])
+
+
 def test_nothing_is_rounded_up_to_the_backbone_stride():
     model = tiny_model()
     images = model.preprocess([sample(50, 61, annotated=False), sample(47, 77, annotated=False)])
