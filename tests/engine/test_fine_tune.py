@@ -209,7 +209,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123
     ("content", "reason"),
     [
         (WEB_PAGE, "it is a web page"),
-        (POINTER, "it is a Git LFS pointer .*git lfs pull"),
+        (POINTER, "it is a Git LFS pointer.*git lfs pull"),
         (b"", "the file is empty"),
         (b"no weights at all", r"\w+"),
         (None, r"\w+"),  # the first half of a file
