@@ -7,7 +7,8 @@
     python train_net.py --config-file ... --eval-only train.init_checkpoint=model.pth
     torchrun --nproc-per-node 8 train_net.py --config-file ...                # or srun
 
-The flags are detectron2's. ``--config-file`` takes a file or the name of a shipped config.
+The flags are detectron2's. ``--config-file`` takes a file, the name of a shipped
+config, or the output folder of a run.
 """
 
 import argparse
@@ -24,6 +25,7 @@ if importlib.util.find_spec("sparse_detr") is None:  # run from a checkout that 
 from detectron2.engine import default_argument_parser  # noqa: E402
 
 from sparse_detr import config, engine  # noqa: E402
+from sparse_detr.errors import told_in_one_line  # noqa: E402
 
 
 def main(args: argparse.Namespace) -> dict:
@@ -38,10 +40,21 @@ def main(args: argparse.Namespace) -> dict:
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    """detectron2's, but flags may also follow the overrides: argparse would take them for some."""
-    ordered = sorted(argv, key=lambda word: re.match(r"\+{0,2}[A-Za-z_][\w.]*=", word) is not None)
-    return default_argument_parser(epilog=__doc__).parse_args(ordered)
+    """detectron2's, but flags may also follow the overrides: argparse would take them for some.
+
+    The default port is a free one: detectron2's is the same for all runs of a user.
+    """
+    flags, overrides = [], []
+    for before, word in zip(["", *argv], argv):
+        is_override = before != "--config-file" and re.match(r"\+{0,2}[A-Za-z_][\w.]*=", word)
+        (overrides if is_override else flags).append(word)
+    parser = default_argument_parser(epilog=__doc__)
+    args = parser.parse_args([*flags, *overrides])
+    if args.num_machines == 1 and args.dist_url == parser.get_default("dist_url"):
+        args.dist_url = "auto"
+    return args
 
 
 if __name__ == "__main__":
-    engine.launch(main, arguments(sys.argv[1:]))
+    with told_in_one_line():
+        engine.launch(main, arguments(sys.argv[1:]))

@@ -1,12 +1,24 @@
 """Configs: finding, loading, overriding, saving and loading again."""
 
+import re
+from pathlib import Path
+
 import pytest
+import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
-from sparse_detr.config import apply_overrides, config_path, get_config, list_configs, load_config
+from sparse_detr.config import (
+    apply_overrides,
+    config_path,
+    get_config,
+    list_configs,
+    load_config,
+    resolve_device,
+)
+from sparse_detr.errors import UserError
 
 QUICK = "quick/deformable_detr_shapes"
 
@@ -83,6 +95,43 @@ def test_unreadable_overrides_are_explained(override, message):
         overridden(override)
 
 
+@pytest.mark.parametrize(
+    "name", ["data (1)", "a,b", "a=b", "50%", "ü", "a'b", "a#b", "a&b", "[x]", "{y}", "a:b", "a\\"]
+)
+def test_a_path_may_have_any_characters(name):
+    for path in (f"/data/{name}/train.json", f"data/{name}/", f"/data/{name}"):
+        assert overridden(f"train.max_iter={path}").train.max_iter == path
+
+
+def test_a_path_may_start_at_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert overridden("train.max_iter=~/x.json").train.max_iter == "/home/me/x.json"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.steps=20,30", r"a list is written \[20,30\]"),
+        ("optimizer.steps=20", r"is a list: write \[20\]"),
+        ("train.amp.enabled=no", "train.amp.enabled is true or false"),
+        ("train.amp.enabled=null", "train.amp.enabled is true or false"),
+        ("train.amp={enabled: off}", "train.amp.enabled is true or false"),
+        ("train.amp=true", "train.amp is a section: set one of its keys, train.amp.enabled="),
+        ("model=resnet", "model is a section"),
+        ("train.max_iter=None", "train.max_iter cannot be None: write null"),
+        ("train.max_iter=a (b)", "cannot read .* quoted twice, once for the shell: .*'a \\(b\\)'"),
+    ],
+)
+def test_a_value_of_another_kind_is_an_error_that_says_how_to_write_it(override, message):
+    with pytest.raises(UserError, match=message):
+        overridden(override)
+
+
+def test_sections_and_lists_take_null_and_their_kind():
+    cfg = overridden("train.amp=null", "optimizer.rules={backbone: 1}", "optimizer.steps=[]")
+    assert cfg.train.amp is None and cfg.optimizer.rules.backbone == 1 and cfg.optimizer.steps == []
+
+
 def test_shipped_configs_are_found_by_name():
     assert QUICK in list_configs()
     assert not [n for n in list_configs() if n.split("/")[0] in ("common", "models", "encoders")]
@@ -123,3 +172,62 @@ def test_overrides_reach_what_is_built_from_them():
     model = instantiate(cfg.model)
     assert model.num_classes == model.transformer.heads.num_classes == 3
     assert model.transformer.level_embed.shape == (3, 192)
+
+
+def python_blocks(page):
+    text = (Path(__file__).resolve().parents[1] / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+
+
+def test_the_config_of_ones_own_in_the_docs_is_one(tmp_path):
+    """docs/own_data.md: a file anywhere that defines ``cfg``; its interpolations count from its root."""
+    (block,) = [block for block in python_blocks("own_data.md") if "get_config" in block]
+    (tmp_path / "my_config.py").write_text(block)
+    cfg = load_config(str(tmp_path / "my_config.py"), ["train.epochs=6", "optimizer.lr=1e-5"])
+    assert {"model", "dataloader", "optimizer", "lr_multiplier", "train", "data"} <= cfg.keys()
+    assert (cfg.train.epochs, cfg.lr_multiplier.milestones) == (6, [10])
+    assert cfg.dataloader.train.dataset.json_file == "train.json"
+    assert cfg.optimizer.params.base_lr == 1e-5
+    LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
+    assert load_config(str(tmp_path / "config.yaml")).optimizer.params.base_lr == 1e-5
+
+
+def test_the_method_of_ones_own_in_the_docs_is_a_config(tmp_path, monkeypatch):
+    """docs/add_method.md: the class in a module, and the config that puts it on a base."""
+    method, block = python_blocks("add_method.md")
+    (tmp_path / "my_method.py").write_text(method)
+    (tmp_path / "my_config.py").write_text("from my_method import LargestEncoder\n" + block)
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg = load_config(str(tmp_path / "my_config.py"), ["model.transformer.encoder.keep_ratio=0.2"])
+    LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
+    encoder = instantiate(load_config(str(tmp_path)).model.transformer.encoder)
+    assert type(encoder).__name__ == "LargestEncoder" and encoder.keep_ratio == 0.2
+
+
+def test_a_runs_folder_stands_for_its_config(tmp_path):
+    with pytest.raises(UserError, match="no output folder of a run: it holds no config.yaml"):
+        config_path(str(tmp_path))
+    (tmp_path / "config.yaml").write_text("model: {}")
+    assert config_path(str(tmp_path)) == str(tmp_path / "config.yaml")
+
+
+def test_without_a_config_it_says_what_to_pass():
+    with pytest.raises(UserError, match="pass --config-file with .* such as custom/sparse_detr_r50"):
+        config_path("")
+
+
+def test_devices_are_looked_for_before_they_are_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
+    for name, message in (
+        ("cuda", "train.device=cuda, but torch sees no GPU: pass train.device=cpu"),
+        ("gpu", "train.device=gpu: expected auto, cuda, cuda:0 or cpu"),
+    ):
+        with pytest.raises(UserError, match=message):
+            resolve_device(name, "train.device")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("auto") == torch.device("cuda")
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UserError, match="device=cuda:2, but torch sees 2 GPUs"):
+        resolve_device("cuda:2")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from detectron2.data import Metadata
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from sparse_detr.data import generate_shapes
+from sparse_detr.data import generate_shapes, register_coco
 from sparse_detr.visualize import draw_input
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,6 +59,32 @@ def test_visualize_data_writes_pictures(source, data, tmp_path, monkeypatch, cap
     written = capsys.readouterr().out.split()
     assert len(written) == 3 == len(list(tmp_path.iterdir()))
     assert all(Image.open(path).width == pytest.approx(200, abs=1) for path in written)
+
+
+@pytest.mark.parametrize("source", ["annotation", "dataloader"])
+def test_visualize_data_takes_several_sets(source, data, tmp_path, monkeypatch, capsys):
+    """A list of names, in a config of one's own."""
+    for split in ("train", "val"):
+        register_coco(f"test_tools_{split}", f"{data}/{split}.json", f"{data}/{split}")
+    (tmp_path / "two.py").write_text(
+        "from detectron2.config import LazyCall as L\n"
+        "from sparse_detr.config import load_config\n"
+        "from sparse_detr.data import registered_dataset\n"
+        f"cfg = load_config({str(ROOT / 'tests' / 'engine' / 'tiny_own.py')!r})\n"
+        "names = ['test_tools_train', 'test_tools_val']\n"
+        "cfg.dataloader.train.dataset = L(registered_dataset)(names=names)\n"
+    )
+    call(monkeypatch, "visualize_data", "--config-file", tmp_path / "two.py", "--source", source,
+         "--output", tmp_path / "pictures", "--num", 6)  # fmt: skip
+    assert len(capsys.readouterr().out.split()) == 6
+
+
+def test_a_tool_tells_a_mistake_in_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "tools" / "visualize_data.py"), "--config-file", "custom/dino_r50"]
+    command += ["data.train_json=/nowhere.json", "data.train_images=/nowhere"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: data set 'custom_train': there is no annotation file /nowhere.json" in done.stderr
 
 
 def test_the_picture_has_the_channels_that_the_network_gets():

@@ -47,15 +47,16 @@ RULES = (
         r"modeling\..*",
         rf"{BASE}|modeling\.(?!strategies|meta_arch|transformer|postprocess|backbone).*",
     ),
-    (r"data(\..*)?", r"data(\..*)?"),
-    (r"engine(\..*)?", rf"engine(\..*)?|data(\..*)?|config|{MODELING}"),
-    (r"config", r"configs(\..*)?|data(\..*)?"),
+    (r"errors", r"errors"),
+    (r"data(\..*)?", r"data(\..*)?|errors"),
+    (r"engine(\..*)?", rf"engine(\..*)?|data(\..*)?|config|errors|{MODELING}"),
+    (r"config", r"configs(\..*)?|data(\..*)?|errors"),
     (r"yacs", r"modeling(\..*)?|config"),
     (r"configs(\..*)?", r"(?!tools|tests|train_net).*"),
     (r"__init__", r"(?!tools|tests|train_net).*"),
     (
         r"predictor|analysis|overlays|visualize|export",
-        r"__init__|kernels|modeling(\..*)?|config|engine\.checkpoint"
+        r"__init__|kernels|modeling(\..*)?|config|errors|engine\.checkpoint"
         r"|predictor|analysis|overlays|visualize|export",
     ),
 )

@@ -140,3 +140,9 @@ def test_what_cannot_be_a_predictor_is_named(run_folder, tmp_path):
 def test_unknown_public_name():
     with pytest.raises(AttributeError, match="no attribute 'Nope'"):
         sparse_detr.Nope  # noqa: B018
+
+
+def test_an_absent_gpu_is_explained(run_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device=cuda, but torch sees no GPU: pass device=cpu"):
+        sparse_detr.Predictor(str(run_folder), device="cuda")

@@ -37,6 +37,25 @@ def test_flags_may_stand_before_and_after_overrides():
     assert args.opts == ["a.b=1", "+c=x"]
 
 
+def test_a_config_may_have_an_equals_sign_in_its_path():
+    args = train_net.arguments(["a.b=1", "--config-file", "run=1/config.yaml"])
+    assert (args.config_file, args.opts) == ("run=1/config.yaml", ["a.b=1"])
+
+
+def test_runs_on_one_machine_take_a_free_port():
+    """detectron2's default is one port per user."""
+    assert train_net.arguments([]).dist_url == "auto"
+    assert train_net.arguments(["--dist-url", "tcp://127.0.0.1:5"]).dist_url == "tcp://127.0.0.1:5"
+    assert train_net.arguments(["--num-machines", "2"]).dist_url.startswith("tcp://")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="--num-gpus 4, but torch sees 2: pass --num-gpus 2"):
+        engine.launch(print, train_net.arguments(["--num-gpus", "4"]))
+
+
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
     """A finished run: its folder and the results it returned."""
@@ -230,7 +249,9 @@ def test_absent_data_are_named(tmp_path):
 def test_an_absent_gpu_is_explained(data, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="torch sees no GPU: pass train.device=cpu"):
-        run(data, tmp_path, "train.device=cuda")
+        run(data, tmp_path / "a", "train.device=cuda")
+    run(data, tmp_path / "b", "train.device=auto", "train.max_iter=1")
+    assert "torch sees no GPU: training on the CPU" in (tmp_path / "b" / "log.txt").read_text()
 
 
 def test_bfloat16_trains_on_the_cpu(data, tmp_path):
@@ -249,3 +270,11 @@ def test_the_script_runs_by_itself(data, finished, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "copypaste: AP,AP50,AP75" in done.stdout + done.stderr
     assert detections(tmp_path) == detections(folder)
+
+
+def test_a_mistake_is_told_in_one_line(tmp_path):
+    """A UserError; anything else keeps its traceback."""
+    command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", TINY, "train.max_iters=3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: override 'train.max_iters=3': the config has")

@@ -43,6 +43,19 @@ def test_one_file_per_method():
 
 
 @pytest.mark.parametrize("name", FILES)
+def test_the_recipe_is_that_of_the_lazy_config(name):
+    yacs = config(name)
+    lazy = get_config(yacs.MODEL.DETR.CONFIG)
+    batch, solver = lazy.dataloader.train.total_batch_size, yacs.SOLVER
+    assert solver.IMS_PER_BATCH == batch
+    assert yacs.DATALOADER.FILTER_EMPTY_ANNOTATIONS == lazy.dataloader.train.dataset.filter_empty
+    assert (solver.BASE_LR, solver.WEIGHT_DECAY) == (lazy.optimizer.lr, lazy.optimizer.weight_decay)
+    epochs = [iterations * batch / 118287 for iterations in (*solver.STEPS, solver.MAX_ITER)]
+    assert epochs == pytest.approx([*lazy.lr_multiplier.milestones, lazy.train.epochs], rel=1e-4)
+    assert solver.CLIP_GRADIENTS.CLIP_VALUE == lazy.train.clip_grad.max_norm
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_trains_and_predicts_with_detectron2s_engine(name, shapes, tmp_path):
     cfg = config(name)
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""

@@ -24,6 +24,7 @@ from detectron2.config import instantiate  # noqa: E402
 
 from sparse_detr import config  # noqa: E402
 from sparse_detr.analysis import COUNTED, analyze  # noqa: E402
+from sparse_detr.errors import told_in_one_line  # noqa: E402
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -55,4 +56,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_one_line():
+        main()

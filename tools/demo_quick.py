@@ -67,7 +67,7 @@ def main() -> None:
     args = parser.parse_args()
 
     start = time.perf_counter()
-    overrides = [f"train.output_dir={args.output_dir}", *args.opts]
+    overrides = [f"train.output_dir={os.path.abspath(args.output_dir)}", *args.opts]
     command = ["--config-file", args.config_file, *overrides]
     results = train_net.main(default_argument_parser().parse_args(command))
     pictures = draw(args.output_dir)

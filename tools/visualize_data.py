@@ -25,19 +25,26 @@ if importlib.util.find_spec("sparse_detr") is None:  # run from a checkout that 
 
 import numpy as np  # noqa: E402
 from detectron2.config import instantiate  # noqa: E402
-from detectron2.data import MetadataCatalog  # noqa: E402
+from detectron2.data import Metadata, MetadataCatalog  # noqa: E402
 from detectron2.data.detection_utils import read_image  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from sparse_detr import config  # noqa: E402
+from sparse_detr.errors import told_in_one_line  # noqa: E402
 from sparse_detr.visualize import draw_ground_truth, draw_input  # noqa: E402
+
+
+def dataset_metadata(cfg: DictConfig) -> Metadata:
+    """Of the training set, or of the first of several: their classes are the same."""
+    names = cfg.dataloader.train.dataset.names
+    return MetadataCatalog.get(names if isinstance(names, str) else names[0])
 
 
 def annotated(cfg: DictConfig, num: int, width: int) -> Iterator[tuple[str, np.ndarray]]:
     """File names and pictures of the first ``num`` records."""
     records = instantiate(cfg.dataloader.train.dataset)
-    metadata = MetadataCatalog.get(cfg.dataloader.train.dataset.names)
+    metadata = dataset_metadata(cfg)
     for record in records[:num]:
         image = read_image(record["file_name"], "RGB")
         scale = width / image.shape[1]
@@ -49,7 +56,7 @@ def loaded(cfg: DictConfig, num: int, width: int) -> Iterator[tuple[str, np.ndar
     cfg.dataloader.train.num_workers = 0
     loader = instantiate(cfg.dataloader.train)
     loader.batch_sampler.seed = max(cfg.train.seed, 0)
-    metadata = MetadataCatalog.get(cfg.dataloader.train.dataset.names)
+    metadata = dataset_metadata(cfg)
     image_format = cfg.dataloader.train.mapper.get("image_format", "RGB")
     for entry in itertools.islice(itertools.chain.from_iterable(loader), num):
         scale = width / entry["image"].shape[2]
@@ -78,4 +85,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_one_line():
+        main()

@@ -25,6 +25,7 @@ import numpy as np  # noqa: E402
 from detectron2.data.detection_utils import read_image  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from sparse_detr.errors import told_in_one_line  # noqa: E402
 from sparse_detr.overlays import draw_tokens, recorded_output  # noqa: E402
 from sparse_detr.predictor import Predictor  # noqa: E402
 from sparse_detr.visualize import draw_detections  # noqa: E402
@@ -67,4 +68,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_one_line():
+        main()

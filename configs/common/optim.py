@@ -1,6 +1,7 @@
 """AdamW as in Deformable DETR: a tenth of the learning rate for the backbone and sampling points.
 
-The learning rate is that of a total batch of 16; scale it yourself when you change the batch.
+The learning rate belongs to the config's total batch: 16 images, and 32 where Deformable DETR's authors
+trained with 32 at the same rate. Scale it yourself when you change the batch.
 """
 
 import torch

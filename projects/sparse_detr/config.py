@@ -5,6 +5,7 @@ key must exist in the config, or be an argument of the callable that it configur
 adds one on purpose.
 """
 
+import contextlib
 import difflib
 import inspect
 import os
@@ -12,11 +13,15 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 
+import torch
 from detectron2.config import LazyConfig
 from detectron2.utils.registry import locate
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, ListConfig
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from .errors import UserError
 
 _PARTS = ("common", "models", "encoders")  # folders that hold pieces of configs, not whole ones
 
@@ -40,12 +45,18 @@ def get_config(name: str, overrides: Iterable[str] = ()) -> DictConfig:
 
 
 def load_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
-    """Loads a config from a file (``.py``, or a run's ``config.yaml``) or by its shipped name.
+    """Loads a config by its file (``.py``, or a run's ``config.yaml``), a run's folder or a shipped name.
+
+    A ``.py`` file defines ``model``, ``dataloader``, ``train``, ...; or ``cfg`` with all of them, such
+    as ``get_config`` returns it.
 
     Raises:
-        ValueError: there is no such config, or an override does not fit it.
+        UserError: there is no such config, or an override does not fit it.
     """
     cfg = LazyConfig.load(config_path(path))
+    if "model" not in cfg and isinstance(cfg.get("cfg"), DictConfig):
+        # a copy: interpolations count from its root
+        cfg = OmegaConf.create(cfg.cfg, flags={"allow_objects": True})
     apply_overrides(cfg, overrides)
     return cfg
 
@@ -58,7 +69,7 @@ def resolve_classes(cfg: DictConfig) -> None:
     configs, and once the classes are known, as in a run's ``config.yaml``, reads no file.
 
     Raises:
-        ValueError: there is no file to read them from, or ``model.num_classes`` was given and is
+        UserError: there is no file to read them from, or ``model.num_classes`` was given and is
             another number.
     """
     data = cfg.get("data") or {}
@@ -72,14 +83,14 @@ def resolve_classes(cfg: DictConfig) -> None:
 
         data.classes = category_names(source)
     if data.classes is None and given is None:
-        raise ValueError(
+        raise UserError(
             "model.num_classes is not known: pass data.train_json=..., from which it is read "
             "(or the number itself: model.num_classes=...)"
         )
     if given is None:
         cfg.model.num_classes = len(data.classes)
     elif data.classes is not None and len(data.classes) != given:
-        raise ValueError(
+        raise UserError(
             f"model.num_classes={given}, but {'data.classes' if stored else source} has "
             f"{len(data.classes)} classes ({', '.join(data.classes[:5])}"
             f"{', ...' * (len(data.classes) > 5)}): "
@@ -88,16 +99,41 @@ def resolve_classes(cfg: DictConfig) -> None:
         )
 
 
+def resolve_device(name: str, key: str = "device") -> torch.device:
+    """The device of that name; "auto" is the GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: there is no such device; ``key`` is what the message calls it.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        device = torch.device(name if name != "auto" else "cuda" if gpus else "cpu")
+    except RuntimeError:
+        raise UserError(f"{key}={name}: expected auto, cuda, cuda:0 or cpu") from None
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        seen = f"torch sees {gpus} GPUs" if gpus else "torch sees no GPU"
+        raise UserError(f"{key}={name}, but {seen}: pass {key}=cpu")
+    return device
+
+
 def config_path(name: str) -> str:
-    """The file behind a path or a shipped config's name."""
-    if os.path.isfile(name):
-        return name
+    """The file behind a path, a run's folder or a shipped config's name."""
+    if not name:
+        raise UserError(
+            "no config is named: pass --config-file with a file, a run's folder, or a shipped config "
+            "such as custom/sparse_detr_r50 or dino/dino_r50_4scale_12ep (sparse_detr.list_configs() has all)"
+        )
+    for file in (name, os.path.join(name, "config.yaml")):
+        if os.path.isfile(file):
+            return file
     shipped = name.removeprefix("configs/").removesuffix(".py")
     shipped_path = os.path.join(_config_root(), *shipped.split("/")) + ".py"
     if os.path.isfile(shipped_path):  # also the pieces that list_configs() leaves out
         return shipped_path
+    if os.path.isdir(name):
+        raise UserError(f"{name} is no output folder of a run: it holds no config.yaml")
     close = difflib.get_close_matches(shipped, list_configs(), n=3)
-    raise ValueError(
+    raise UserError(
         f"there is no config {name!r}, neither a file nor a shipped one. "
         + (f"Did you mean {', '.join(close)}?" if close else "sparse_detr.list_configs() has them")
     )
@@ -110,41 +146,75 @@ def _config_root() -> str:
 def apply_overrides(cfg: DictConfig, overrides: Iterable[str]) -> None:
     """Applies "a.b=c" overrides in place; values follow Hydra's grammar: null, true, [1,2], {x: 1}.
 
+    A value that has a "/" and does not fit the grammar is a path, taken as it stands.
+
     Raises:
-        ValueError: an override cannot be read, or names a key that the config does not have (with
-            "did you mean").
+        UserError: an override cannot be read, names a key that the config does not have (with "did
+            you mean"), or puts another kind of value in the place of a section, list or switch.
     """
-    overrides = list(overrides)
     for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except Exception as error:  # Hydra's own exceptions differ between versions
-            raise ValueError(
-                f"cannot read the override {text!r}: expected path.key=value ({error})"
-            ) from error
+        override = _parse(text)
         key = override.key_or_group
         if override.is_delete():
-            raise ValueError(f"override {text!r}: deleting a key is not supported; set it to null")
+            raise UserError(f"override {text!r}: deleting a key is not supported; set it to null")
         if not override.is_add():
-            for name in _keys(key, override.value()):
+            for name, value in _items(key, override.value()):
                 if not _accepts(cfg, name):
-                    raise ValueError(
+                    raise UserError(
                         f"override {text!r}: the config has no {name!r}.{_did_you_mean(cfg, name)} "
                         f"(+{key}=... adds a new key on purpose)"
                     )
+                if expected := _other_kind(cfg, name, value):
+                    raise UserError(f"override {text!r}: {name} {expected}")
         try:
-            LazyConfig.apply_overrides(cfg, [text])
+            LazyConfig.apply_overrides(cfg, [override.input_line])
         except (KeyError, OmegaConfBaseException) as error:
-            raise ValueError(f"override {text!r} does not fit the config: {error}") from error
+            raise UserError(f"override {text!r} does not fit the config: {error}") from error
 
 
-def _keys(key: str, value: object) -> Iterator[str]:
-    """The dotted keys that an override writes: its own, or those inside its dict."""
+def _parse(text: str) -> Override:
+    parser = OverridesParser.create()
+    key, _, value = text.partition("=")
+    try:
+        override = parser.parse_override(text)
+        if not override.is_sweep_override():
+            return override
+        problem = f"a list is written [{value}]"
+    except Exception as error:  # Hydra's own exceptions differ between versions
+        problem = f"expected path.key=value ({str(error).splitlines()[0]})"
+    if "/" in value and value[0] not in "[{('\"":
+        path = QuotedString(os.path.expanduser(value), Quote.single).with_quotes()
+        with contextlib.suppress(Exception):  # the key cannot be read either
+            return parser.parse_override(f"{key}={path}")
+    raise UserError(
+        f"cannot read the override {text!r}: {problem}. A value with special characters is quoted "
+        """twice, once for the shell: "path.key='a (b)'\""""
+    )
+
+
+def _items(key: str, value: object) -> Iterator[tuple[str, object]]:
+    """The dotted keys that an override writes, its own or those inside its dict, and their values."""
     if isinstance(value, Mapping) and value:
         for name, item in value.items():
-            yield from _keys(f"{key}.{name}", item)
+            yield from _items(f"{key}.{name}", item)
     else:
-        yield key
+        yield key, value
+
+
+def _other_kind(cfg: DictConfig, key: str, value: object) -> str | None:
+    """What ``key`` must be, unless ``value`` is of that kind."""
+    if value == "None":
+        return "cannot be None: write null"
+    if isinstance(value, str) and "${" in value:
+        return None
+    now = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
+    if isinstance(now, bool) and not isinstance(value, bool):
+        return "is true or false"
+    if isinstance(now, DictConfig) and not isinstance(value, Mapping | None):
+        return f"is a section: set one of its keys, {key}.{next(iter(now), 'key')}=..., or null"
+    if isinstance(now, ListConfig) and not isinstance(value, list | None):
+        return f"is a list: write [{value}]"
+    return None
 
 
 def _accepts(cfg: DictConfig, key: str) -> bool:

@@ -13,8 +13,9 @@ from detectron2.data import transforms as T
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from .config import load_config, resolve_classes
+from .config import config_path, load_config, resolve_classes, resolve_device
 from .engine.checkpoint import Checkpointer
+from .errors import UserError
 
 
 def build_model(config: str | DictConfig, weights: str = "", overrides: Iterable[str] = (),
@@ -63,7 +64,7 @@ class Predictor:
                  overrides: Iterable[str] = (), device: str = "auto", threshold: float = 0.0,
                  keep_ratio: float | None = None, dtype: torch.dtype = torch.float32):
         if isinstance(config, str) and os.path.isdir(config):
-            folder, config = config, _run_config(config)
+            folder, config = config, config_path(config)
             weights = weights or _last_checkpoint(folder)
         self.cfg = load_config(config, overrides) if isinstance(config, str) else config
         self.model, checkpoint = _build(self.cfg, weights, device)
@@ -88,12 +89,12 @@ class Predictor:
     def keep_ratio(self, value: float) -> None:
         encoder = self.model.transformer.encoder
         if not hasattr(encoder, "keep_ratio"):
-            raise ValueError(
+            raise UserError(
                 f"keep_ratio={value}: the encoder of this model, {type(encoder).__name__}, has no "
                 "keep ratio; Sparse DETR's and Focus-DETR's have one"
             )
         if value is None or not 0 < value <= 1:
-            raise ValueError(f"keep_ratio={value} must lie in (0, 1]")
+            raise UserError(f"keep_ratio={value} must lie in (0, 1]")
         encoder.keep_ratio = value
 
     @torch.no_grad()
@@ -145,10 +146,9 @@ class Predictor:
 
 def _build(cfg: DictConfig, weights: str, device: str) -> tuple[nn.Module, dict]:
     """The model, and what its checkpoint holds besides weights."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = resolve_device(device)
     resolve_classes(cfg)
-    model = instantiate(cfg.model).to(device).eval()
+    model = instantiate(cfg.model).to(where).eval()
     checkpoint = Checkpointer(model).load(weights, checkpointables=[]) if weights else {}
     return model, checkpoint
 
@@ -166,15 +166,8 @@ def _metadata(cfg: DictConfig, num_classes: int, names: Sequence[str] | None) ->
     return Metadata(thing_classes=list(names))
 
 
-def _run_config(folder: str) -> str:
-    path = os.path.join(folder, "config.yaml")
-    if not os.path.isfile(path):
-        raise ValueError(f"{folder} is no output folder of a run: it holds no config.yaml")
-    return path
-
-
 def _last_checkpoint(folder: str) -> str:
     path = Checkpointer(nn.Module(), folder).get_checkpoint_file()
     if not path:
-        raise ValueError(f"{folder} holds no checkpoint (no last_checkpoint file): pass weights=...")
+        raise UserError(f"{folder} holds no checkpoint (no last_checkpoint file): pass weights=...")
     return path

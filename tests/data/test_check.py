@@ -8,7 +8,7 @@ import pytest
 from detectron2.evaluation import COCOEvaluator
 from PIL import Image
 
-from sparse_detr.data import FastCOCOEvaluator, category_names, check_data, coco_dataset
+from sparse_detr.data import FastCOCOEvaluator, category_names, check_coco, check_data, coco_dataset
 
 
 def content():
@@ -66,6 +66,11 @@ def remove(part, index, key):
     return apply
 
 
+def each_box(coco, box):
+    for annotation in coco["annotations"]:
+        annotation["bbox"] = box
+
+
 FATAL = {
     "missing image files: 1 (gone.png)": change("images", 0, file_name="gone.png"),
     "another size (width x height) than in the JSON: 1 (a.png: 40x30, in the JSON 30x40)": change(
@@ -86,6 +91,18 @@ FATAL = {
     "four finite numbers: 1 (annotation 2 of image 1: None)": remove("annotations", 1, "bbox"),
     "annotations with the key ignore: 1": change("annotations", 1, ignore=1),
     "category ids twice: 1 (3)": change("categories", 0, id=3),
+    "categories without an id or a name: 1 ({'id': 5, 'name': 7}); add them, the name as a text": change(
+        "categories", 0, name=7
+    ),
+    "annotations whose iscrowd is not 0 or 1: 1 (annotation 1 of image 1)": change(
+        "annotations", 0, iscrowd="0"
+    ),
+    "image_id is a text and the image's id a number (\"1\" and 1), or the reverse: 1 "
+    "(annotation 1 of image 1); write both alike": change("annotations", 0, image_id="1"),
+    "coordinates look normalised; expected pixels (x, y, width, height)": lambda coco: each_box(
+        coco, [0.1, 0.2, 0.5, 0.3]
+    ),
+    "not one annotation can be used": lambda coco: each_box(coco, [9, 2, 0, 10]),
     "there is no annotation": lambda coco: coco["annotations"].clear(),
     "there is no category": lambda coco: coco["categories"].clear(),
 }
@@ -109,6 +126,11 @@ REPORTED = {
     ),
     "boxes that reach over the border of their image: 1 (annotation 1 of image 1: "
     "[30, 2, 15, 5]); clipped": change("annotations", 0, bbox=[30, 2, 15, 5]),
+    "boxes that reach over the border of their image: 3 (annotation 1 of image 1: [20, 5, 30, 25], "
+    "annotation 2 of image 1: [20, 5, 30, 25], annotation 3 of image 2: [20, 5, 30, 25]); clipped to "
+    "the image; they are more than half of all boxes: are they x1, y1, x2, y2?": lambda coco: each_box(
+        coco, [20, 5, 30, 25]
+    ),
     "annotations of images that are not in the file: 1 (annotation 3 of image 9); left out": change(
         "annotations", 2, image_id=9
     ),
@@ -130,6 +152,13 @@ def test_what_is_dropped_or_clipped_is_reported(expected, tmp_path, caplog):
     REPORTED[expected](coco)
     check_data(write(tmp_path, coco))
     assert expected in remarks(caplog)
+
+
+def test_images_and_boxes_are_counted_by_the_ids_as_they_are(tmp_path):
+    coco = content()
+    for annotation in coco["annotations"]:
+        annotation["image_id"] = str(annotation["image_id"])
+    assert "2 images without a box" in check_coco(*write(tmp_path, coco)).summary()
 
 
 def test_all_problems_of_both_sets_come_in_one_message(tmp_path):

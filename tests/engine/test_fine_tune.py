@@ -14,6 +14,7 @@ from detectron2.config import instantiate
 
 from sparse_detr.config import get_config, list_configs
 from sparse_detr.engine import Checkpointer
+from sparse_detr.errors import UserError
 
 from ..modeling.tiny import shrink
 
@@ -195,8 +196,48 @@ def test_safetensors_hold_the_same_weights(tmp_path):
     Checkpointer(new).load(str(tmp_path / "weights.safetensors"))
     assert all(torch.equal(v, new.state_dict()[k]) for k, v in old.state_dict().items())
     (tmp_path / "cut.safetensors").write_bytes(b"\0" * 100)
-    with pytest.raises(ValueError, match="cut.safetensors cannot be read"):
+    with pytest.raises(ValueError, match="cannot read the weights .*cut.safetensors"):
         Checkpointer(new).load(str(tmp_path / "cut.safetensors"))
+
+
+WEB_PAGE = b"<!DOCTYPE html><html><head><title>Virus scan warning</title></head></html>"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.pkl", "w.npz"])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (WEB_PAGE, "it is a web page"),
+        (POINTER, "it is a Git LFS pointer.*git lfs pull"),
+        (b"", "the file is empty"),
+        (b"no weights at all", r"\w+"),
+        (None, r"\w+"),  # the first half of a file
+    ],
+)
+def test_what_is_no_weights_file_is_told_with_a_remedy(content, reason, name, tmp_path):
+    path = tmp_path / name
+    if content is None:
+        values = {"w": np.zeros(1000, np.float32)}
+        with open(path, "wb") as file:
+            {
+                ".pth": lambda: torch.save({"w": torch.zeros(1000)}, file),
+                ".pkl": lambda: pickle.dump({"model": values, "__author__": "x"}, file),
+                ".npz": lambda: np.savez(file, **values),
+            }[path.suffix]()
+        content = path.read_bytes()[: path.stat().st_size // 2]
+    path.write_bytes(content)
+    told = rf"{name} \({len(content):,} bytes\): {reason}.*pass train.init_checkpoint="
+    with pytest.raises(UserError, match=told) as caught:
+        start(tiny("custom/dino_r50", 3), str(path))
+    assert "weights_only=False" not in str(caught.value)
+
+
+def test_an_address_that_cannot_be_reached_is_told_with_a_remedy(tmp_path, monkeypatch):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    address = "http://127.0.0.1:1/R-50.pkl"
+    with pytest.raises(UserError, match=rf"cannot fetch the weights {address} .*/path/to/them"):
+        start(tiny("custom/dino_r50", 3), address)
 
 
 class Evil:

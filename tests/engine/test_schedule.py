@@ -1,5 +1,6 @@
 """Epochs to iterations, learning-rate schedules and parameter groups."""
 
+import logging
 import math
 
 import pytest
@@ -60,6 +61,14 @@ def test_milestones_are_epochs():
     assert lr[:80] == [1.0] * 80
     assert lr[80:110] == pytest.approx([0.1] * 30)
     assert lr[110:] == pytest.approx([0.01] * 10)
+
+
+def test_milestones_behind_the_end_are_noticed(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("sparse_detr"), "propagate", True)  # a run may have changed it
+    EpochSchedule(milestones=[8, 11]).build(RUN)
+    assert not caplog.records
+    EpochSchedule(milestones=[8, 12, 40]).build(RUN)
+    assert "milestones=[8, 12, 40]: [12, 40] lie behind the run's 12 epochs" in caplog.text
 
 
 def test_warm_up_is_linear_in_iterations():

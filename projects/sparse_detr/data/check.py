@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from detectron2.utils import comm
 from PIL import Image
 
+from ..errors import UserError
+
 logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 10.0
@@ -74,10 +76,10 @@ class Report:
     def summary(self) -> str:
         """Images, boxes per class, crowd regions and images without a box, in one line."""
         annotations = self.content["annotations"]
-        boxes = Counter(str(a.get("category_id")) for a in annotations if not a.get("iscrowd"))
-        filled = {str(a.get("image_id")) for a in annotations if not a.get("iscrowd")}
-        empty = sum(str(image.get("id")) not in filled for image in self.content["images"])
-        classes = [f"{c.get('name')} {boxes[str(c.get('id'))]}" for c in self.content["categories"]]
+        boxes = Counter(_id(a, "category_id") for a in annotations if not a.get("iscrowd"))
+        filled = {_id(a, "image_id") for a in annotations if not a.get("iscrowd")}
+        empty = sum(_id(image) not in filled for image in self.content["images"])
+        classes = [f"{c.get('name')} {boxes[_id(c)]}" for c in self.content["categories"]]
         return (
             f"{self.json_file}: {len(self.content['images'])} images, {boxes.total()} boxes "
             f"({_listed(classes, limit=20)}), {len(annotations) - boxes.total()} crowd regions, "
@@ -95,18 +97,18 @@ def read_annotations(json_file: str) -> dict:
         with open(json_file, encoding="utf-8") as file:
             content = json.load(file)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"cannot read the annotations {os.path.abspath(json_file)}: {error.strerror}"
-        ) from error
+        ) from None
     except ValueError as error:
-        raise ValueError(f"{json_file} is not a JSON file: {error}") from error
+        raise UserError(f"{json_file} is not a JSON file: {error}") from None
     keys = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not all(
         isinstance(content.get(key), list) and all(isinstance(x, dict) for x in content[key])
         for key in keys
     ):
         found = ", ".join(content) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(
+        raise UserError(
             f"{json_file} is not in COCO format: expected an object with the lists of records "
             f"{', '.join(keys)}, found {found}. Other formats (Pascal VOC, YOLO) must be converted"
         )
@@ -117,7 +119,7 @@ def category_names(json_file: str) -> list[str]:
     """The names of a JSON's categories, in the order of their ids: class k is the k-th name."""
     names = _names(read_annotations(json_file))
     if not names:
-        raise ValueError(f"{json_file} has no categories: its annotations belong to no class")
+        raise UserError(f"{json_file} has no categories: its annotations belong to no class")
     return names
 
 
@@ -134,7 +136,7 @@ def check_data(
     error = _check_and_log(train, val) if comm.is_main_process() else None
     error = comm.all_gather(error)[0]  # the other processes wait for the answer
     if error:
-        raise ValueError(error)
+        raise UserError(error)
 
 
 def _check_and_log(train: tuple[str, str] | None, val: tuple[str, str] | None) -> str | None:
@@ -168,7 +170,7 @@ def check_coco(json_file: str, image_root: str, *, evaluated: bool = False) -> R
         ValueError: the JSON cannot be read, is not in COCO format, or the folder does not exist.
     """
     if not os.path.isdir(image_root):
-        raise ValueError(f"there is no image folder {os.path.abspath(image_root)}")
+        raise UserError(f"there is no image folder {os.path.abspath(image_root)}")
     report = Report(str(json_file), str(image_root), read_annotations(json_file))
     _check_categories(report)
     _check_images(report)
@@ -180,8 +182,12 @@ def check_coco(json_file: str, image_root: str, *, evaluated: bool = False) -> R
 
 def _check_categories(report: Report) -> None:
     categories = report.content["categories"]
-    nameless = [c for c in categories if not _is_id(c.get("id")) or not c.get("name")]
-    report.add("categories without an id or a name", nameless, "add them", fatal=True)
+    nameless = [
+        c for c in categories if _id(c) is None or not isinstance(c.get("name"), str) or not c["name"]
+    ]
+    report.add(
+        "categories without an id or a name", nameless, "add them, the name as a text", fatal=True
+    )
     ids = [c.get("id") for c in categories]
     report.add("category ids twice", _repeated(ids), "give each class an id of its own", fatal=True)
     report.add(
@@ -189,8 +195,8 @@ def _check_categories(report: Report) -> None:
         _repeated(c.get("name") for c in categories),
         "their APs are reported under one name",
     )
-    used = {str(a.get("category_id")) for a in report.content["annotations"]}
-    unused = [c.get("name") for c in categories if str(c.get("id")) not in used]
+    used = {_id(a, "category_id") for a in report.content["annotations"]}
+    unused = [c.get("name") for c in categories if _id(c) not in used]
     report.add("classes without an annotation", unused, "they stay classes, and have no AP")
     if not categories:
         report.fail("there is no category", "name the classes that the annotations belong to")
@@ -231,16 +237,25 @@ def _check_annotations(report: Report) -> None:
         "number them anew",
         fatal=True,
     )
-    images = {i["id"] for i in report.content["images"] if _is_id(i.get("id"))}
-    lost = [
-        _annotation(a) for a in annotations if _is_id(a.get("image_id")) and a["image_id"] not in images
-    ]
+    images = {_id(i) for i in report.content["images"]}
+    as_text = {str(image) for image in images}
+    lost, mistyped = [], []
+    for a in annotations:
+        image = _id(a, "image_id")
+        if image is not None and image not in images:
+            (mistyped if str(image) in as_text else lost).append(_annotation(a))
     report.add("annotations of images that are not in the file", lost, "left out")
-    known = {c["id"]: c.get("name") for c in report.content["categories"] if _is_id(c.get("id"))}
+    report.add(
+        'annotations whose image_id is a text and the image\'s id a number ("1" and 1), or the reverse',
+        mistyped,
+        "write both alike",
+        fatal=True,
+    )
+    known = {c["id"]: c.get("name") for c in report.content["categories"] if _id(c) is not None}
     unknown = [
         f"{_annotation(a)}: category {a['category_id']}"
         for a in annotations
-        if _is_id(a.get("category_id")) and a["category_id"] not in known
+        if _id(a, "category_id") not in (None, *known)
     ]
     listed = ", ".join(f"{key} {name}" for key, name in list(known.items())[:20])
     report.add("annotations of unknown categories", unknown, f"known are {listed}", fatal=True)
@@ -248,6 +263,8 @@ def _check_annotations(report: Report) -> None:
     report.add(
         "annotations with the key ignore", ignored, "not supported: use iscrowd", fatal=True
     )
+    unclear = [_annotation(a) for a in annotations if a.get("iscrowd", 0) not in (0, 1)]
+    report.add("annotations whose iscrowd is not 0 or 1", unclear, "write 0 or 1", fatal=True)
     crowd = [_annotation(a) for a in annotations if a.get("iscrowd")]
     report.add("crowd regions", crowd, "not trained on; detections inside are not judged")
     cut = [_annotation(a) for a in annotations if _is_broken_polygon(a.get("segmentation"))]
@@ -256,30 +273,31 @@ def _check_annotations(report: Report) -> None:
 
 def _check_boxes(report: Report, evaluated: bool) -> None:
     """Boxes are (x, y, width, height) in pixels of the image."""
-    sizes = {
-        image["id"]: (image.get("width"), image.get("height"))
-        for image in report.content["images"]
-        if _is_id(image.get("id"))
-    }
+    sizes = {_id(i): (i.get("width"), i.get("height")) for i in report.content["images"]}
     broken, empty, outside, clipped = [], [], [], []
+    objects, usable = [], 0  # boxes that are no crowd regions; how many of them reach training
     for annotation in report.content["annotations"]:
         box = annotation.get("bbox")
         name = f"{_annotation(annotation)}: {box}"
         if not _is_box(box):
             broken.append(name)
             continue
+        if not annotation.get("iscrowd"):
+            objects.append(box)
         x, y, width, height = box
-        image_id = annotation.get("image_id")
-        size = sizes.get(image_id, (None, None)) if _is_id(image_id) else (None, None)
+        size = sizes.get(_id(annotation, "image_id"), (None, None))
         if width <= 0 or height <= 0:
             empty.append(name)
         elif not all(map(_is_size, size)):
             continue
         elif x >= size[0] or y >= size[1] or x + width <= 0 or y + height <= 0:
             outside.append(name)
-        # a pixel is what conventions differ by
-        elif x < -1 or y < -1 or x + width > size[0] + 1 or y + height > size[1] + 1:
-            clipped.append(name)
+        else:
+            cut = _is_broken_polygon(annotation.get("segmentation"))
+            usable += not (cut or annotation.get("iscrowd"))
+            # a pixel is what conventions differ by
+            if x < -1 or y < -1 or x + width > size[0] + 1 or y + height > size[1] + 1:
+                clipped.append(name)
     dropped = "kept by the evaluation, where they can only be missed" if evaluated else "dropped"
     kept = "kept by the evaluation as they are" if evaluated else "clipped to the image"
     report.add(
@@ -287,7 +305,13 @@ def _check_boxes(report: Report, evaluated: bool) -> None:
     )
     report.add("boxes without an area", empty, dropped)
     report.add("boxes outside their image", outside, dropped)
+    if len(clipped) > len(objects) / 2:
+        kept += "; they are more than half of all boxes: are they x1, y1, x2, y2?"
     report.add("boxes that reach over the border of their image", clipped, kept)
+    if objects and all(0 <= value <= 1 for box in objects for value in box):
+        report.fail("coordinates look normalised", "expected pixels (x, y, width, height)")
+    elif objects and not usable:
+        report.fail("not one annotation can be used", "nothing can be learned or measured")
 
 
 def _check_files(report: Report) -> None:
@@ -395,6 +419,11 @@ def _repeated(values: Iterable[object]) -> list[object]:
 
 def _is_id(value: object) -> bool:
     return isinstance(value, int | str)
+
+
+def _id(record: dict, key: str = "id") -> int | str | None:
+    value = record.get(key)
+    return value if _is_id(value) else None
 
 
 def _is_size(value: object) -> bool:

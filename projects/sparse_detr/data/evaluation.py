@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
 
+from ..errors import UserError
+
 
 class FastCOCOEvaluator(COCOEvaluator):
     """detectron2's ``COCOEvaluator``, counting with faster-coco-eval: the same numbers, sooner.
@@ -25,7 +27,7 @@ class FastCOCOEvaluator(COCOEvaluator):
     def __init__(self, dataset_name: str, *, fast: bool | None = None, **kwargs) -> None:
         installed = importlib.util.find_spec("faster_coco_eval") is not None
         if fast and not installed:
-            raise ValueError(
+            raise UserError(
                 "dataloader.evaluator.fast=True needs faster-coco-eval, which is not installed: "
                 "pip install faster-coco-eval, or leave fast at null"
             )

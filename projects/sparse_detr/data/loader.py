@@ -21,6 +21,8 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..errors import UserError
+
 logger = logging.getLogger(__name__)
 
 
@@ -80,9 +82,9 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
         self, size: int, total_batch_size: int, groups: Sequence[int] | None = None
     ) -> None:
         if size < 1:
-            raise ValueError("the training set holds no image")
+            raise UserError("the training set holds no image")
         if total_batch_size < 1 or total_batch_size % comm.get_world_size():
-            raise ValueError(
+            raise UserError(
                 f"dataloader.train.total_batch_size={total_batch_size} must be a positive multiple "
                 f"of the number of processes ({comm.get_world_size()})"
             )

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
 
+from ..errors import UserError
+
 logger = logging.getLogger(__name__)
 
 
@@ -31,7 +33,7 @@ def register_coco(name: str, json_file: str, image_root: str) -> None:
         if {key: metadata.get(key) for key in files} == files:
             return
         if not metadata.get("registered_by_sparse_detr"):
-            raise ValueError(
+            raise UserError(
                 f"the data set name {name!r} is taken by {metadata.get('json_file')}: "
                 "choose another name"
             )
@@ -57,7 +59,7 @@ def coco_dataset(
             keep them.
     """
     if not json_file or not image_root:
-        raise ValueError(
+        raise UserError(
             f"data set {names!r} has no files yet: pass data.train_json=..., "
             "data.train_images=... and, to evaluate, data.val_json=... and data.val_images=..."
         )
@@ -85,7 +87,7 @@ def check_datasets(*names: str) -> None:
         if name not in DatasetCatalog:
             known = DatasetCatalog.list()
             close = difflib.get_close_matches(name, known, n=3) or sorted(known)
-            raise ValueError(
+            raise UserError(
                 f"data set {name!r} is not registered. Did you mean {', '.join(close)}? "
                 "For data of your own in COCO format use configs/common/data/custom.py, "
                 "or call sparse_detr.data.register_coco first"
@@ -105,11 +107,11 @@ def check_datasets(*names: str) -> None:
 
 def _check_files(name: str, json_file: str | None, image_root: str | None, hint: str) -> None:
     if json_file and not os.path.isfile(json_file):
-        raise ValueError(
+        raise UserError(
             f"data set {name!r}: there is no annotation file {os.path.abspath(json_file)}; {hint}"
         )
     if image_root and not os.path.isdir(image_root):
-        raise ValueError(
+        raise UserError(
             f"data set {name!r}: there is no image folder {os.path.abspath(image_root)}; {hint}"
         )
 
@@ -128,14 +130,14 @@ def check_classes(num_classes: int, *names: str, expected: Sequence[str] | None 
             continue
         shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
         if len(classes) != num_classes:
-            raise ValueError(
+            raise UserError(
                 f"data set {name!r} has {len(classes)} classes ({shown}) "
                 f"but model.num_classes={num_classes}: pass model.num_classes={len(classes)}"
             )
         expected = list(classes) if expected is None else list(expected)
         if classes != expected:
             wrong = next(k for k, pair in enumerate(zip(classes, expected)) if len(set(pair)) > 1)
-            raise ValueError(
+            raise UserError(
                 f"data set {name!r} has other classes than the model: class {wrong} is "
                 f"{classes[wrong]!r} instead of {expected[wrong]!r}. Give its categories the ids "
                 "that put them in the order of the training set's"

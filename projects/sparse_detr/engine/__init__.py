@@ -1,10 +1,11 @@
 """Training, evaluation, schedules and checkpoints on top of detectron2's engine."""
 
+from ..config import resolve_device
 from .best import BestCheckpoint
 from .checkpoint import Checkpointer
 from .ema import ModelEMA
 from .processes import launch
-from .run import Evaluation, evaluate, resolve_device, setup, train
+from .run import Evaluation, evaluate, setup, train
 from .schedule import EpochSchedule, LRFactors, RunLength, build_lr_multiplier, build_optimizer
 from .trainer import Trainer
 

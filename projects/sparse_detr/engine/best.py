@@ -8,6 +8,7 @@ import os
 from detectron2.engine import hooks
 from detectron2.utils import comm
 
+from ..errors import UserError
 from .checkpoint import Checkpointer, replacing
 from .trainer import StopTraining
 
@@ -39,11 +40,11 @@ class BestCheckpoint(hooks.BestCheckpointer):
         patience: int | None = None,
     ) -> None:
         if mode not in ("max", "min"):
-            raise ValueError(f"train.best_checkpoint.mode must be max or min, not {mode!r}")
+            raise UserError(f"train.best_checkpoint.mode must be max or min, not {mode!r}")
         if patience is not None and patience < 1:
-            raise ValueError(f"train.early_stop.patience={patience} must be at least 1, or null")
+            raise UserError(f"train.early_stop.patience={patience} must be at least 1, or null")
         if patience and not period:
-            raise ValueError(
+            raise UserError(
                 f"train.early_stop.patience={patience} counts evaluations, but train.eval_period=0 "
                 "evaluates only at the end: set train.eval_period"
             )
@@ -88,7 +89,7 @@ class BestCheckpoint(hooks.BestCheckpointer):
             f"{', '.join(name for name in latest if '/' in name) or 'there are none'}"
         )
         if self.patience:
-            raise ValueError(f"{problem}; train.early_stop.patience={self.patience} needs it")
+            raise UserError(f"{problem}; train.early_stop.patience={self.patience} needs it")
         logger.warning("%s. No best checkpoint is kept (train.best_checkpoint.enabled=false)", problem)
 
     def _recall(self) -> None:

@@ -13,16 +13,15 @@ predict or fine-tune, gets the average.
 import contextlib
 import glob
 import os
-import pickle
 import re
 import shutil
-import zipfile
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
+from ..errors import UserError
 from .convert import convert_state_dict, detect_family
 from .fine_tune import (
     adapt_classes,
@@ -31,10 +30,7 @@ from .fine_tune import (
     other_class_counts,
     resnet_mismatch,
 )
-from .weights import read_npz, read_pickle, read_safetensors, read_torch
-
-# what torch raises for a file that ends early or is garbage
-_UNREADABLE = (EOFError, OSError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile)
+from .weights import WeightsError, read_npz, read_pickle, read_safetensors, read_torch
 
 _READERS = {".npz": read_npz, ".pkl": read_pickle, ".safetensors": read_safetensors}
 # Inference runs without: denoising, and Sparse DETR's heads behind the encoder's layers.
@@ -109,14 +105,12 @@ class Checkpointer(DetectionCheckpointer):
         for candidate in candidates:
             try:
                 read_torch(candidate)
-            except _UNREADABLE as error:
-                self.logger.error(
-                    "cannot read %s (%s): trying the checkpoint before it", candidate, error
-                )
+            except WeightsError as error:
+                self.logger.error("%s. Trying the checkpoint before it", error)
                 continue
             self.fine_tune = False
             return self.load(candidate)
-        raise ValueError(
+        raise UserError(
             f"none of the checkpoints in {self.save_dir} can be read "
             f"({', '.join(map(os.path.basename, candidates))}): "
             "delete them, or start without --resume"
@@ -124,10 +118,18 @@ class Checkpointer(DetectionCheckpointer):
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
-            raise ValueError(f"weights: there is no file {os.path.abspath(path)}")
+            raise UserError(f"weights: there is no file {os.path.abspath(path)}")
         wanted = self.checkpointables if checkpointables is None else checkpointables
         self._weights_alone = not wanted
-        return super().load(path, checkpointables)
+        try:
+            return super().load(path, checkpointables)
+        except OSError as error:
+            if "://" not in path:
+                raise
+            raise UserError(
+                f"cannot fetch the weights {path} ({error}): fetch them elsewhere and pass "
+                "train.init_checkpoint=/path/to/them"
+            ) from None
 
     def _candidates(self) -> list[str]:
         """Checkpoints to resume from: the tagged one, then the others from new to old."""
@@ -189,7 +191,7 @@ class Checkpointer(DetectionCheckpointer):
     def _check_shapes(self, weights: dict[str, Any]) -> None:
         if changed := other_class_counts(weights, self.model):
             old, new = class_counts(changed)
-            raise ValueError(
+            raise UserError(
                 f"the weights were trained for {old} classes, the model has {new}: pass "
                 f"model.num_classes={old} to evaluate or resume them as they are, or fine-tune "
                 "them first (train, without --resume)"
@@ -201,7 +203,7 @@ class Checkpointer(DetectionCheckpointer):
             if weights[name].shape != expected[name].shape
         ]
         if wrong:
-            raise ValueError(
+            raise UserError(
                 f"the weights are not the model's: {len(wrong)} tensors have other shapes "
                 f"({', '.join(sorted(wrong)[:3])}): use the config that they were trained with"
             )
@@ -210,13 +212,13 @@ class Checkpointer(DetectionCheckpointer):
         if not self.fine_tune:
             needed = sorted(name for name in missing if not _TRAINING_ONLY.match(name))
             if needed:
-                raise ValueError(
+                raise UserError(
                     f"the weights are not the model's: {len(needed)} of its tensors are "
                     f"missing ({', '.join(needed[:3])}, ...): use the config that they were "
                     "trained with. A backbone alone can only start a training"
                 )
         elif missing >= {name for name, _ in self.model.named_parameters()}:
-            raise ValueError(
+            raise UserError(
                 "train.init_checkpoint: not one of its tensors fits the model, so training would "
                 "start from nothing; leave it empty if that is what you want"
             )

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
+
 # detectron2's COCO category ids in contiguous order: row k of an 80-class head is category
 # COCO_CATEGORY_IDS[k] of the 91 rows of the published heads.
 _UNUSED_COCO_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
@@ -137,7 +139,7 @@ def convert_state_dict(
     """
     name = detect_family(state_dict)
     if name is None:
-        raise ValueError(
+        raise UserError(
             "unknown checkpoint: its keys (e.g. "
             f"{', '.join(list(state_dict)[:3])}) match none of {', '.join(FAMILIES)}"
         )
@@ -154,7 +156,7 @@ def convert_state_dict(
             continue
         for new_key, value in target(tensor) if callable(target) else [(target, tensor)]:
             if new_key in renamed and not torch.equal(renamed[new_key], value):
-                raise ValueError(
+                raise UserError(
                     f"{key} and another key both become {new_key} but differ: the model shares "
                     "what the checkpoint keeps apart (heads per layer?)"
                 )

@@ -6,6 +6,8 @@ import torch
 from detectron2.engine import HookBase
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..errors import UserError
+
 
 class ModelEMA(HookBase):
     """Moves ``average`` a little towards the model after every step.
@@ -25,7 +27,7 @@ class ModelEMA(HookBase):
 
     def __init__(self, model: torch.nn.Module, *, decay: float = 0.9997, warmup: int = 2000) -> None:
         if not 0 <= decay < 1 or warmup < 0:
-            raise ValueError(
+            raise UserError(
                 f"train.model_ema: decay={decay} must lie in [0, 1), warmup={warmup} must be at "
                 "least 0; decay=0.9997 and warmup=2000 are good values for long runs"
             )

@@ -13,6 +13,8 @@ from detectron2.engine import launch as detectron2_launch
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 
+from ..errors import UserError
+
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -22,10 +24,13 @@ def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespac
     With ``--num-gpus`` or ``--num-machines`` above one, detectron2 starts the processes. Otherwise
     this process is one of those that torchrun or ``srun`` has started, or the only one.
     """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if 0 < gpus < args.num_gpus:
+        raise UserError(f"--num-gpus {args.num_gpus}, but torch sees {gpus}: pass --num-gpus {gpus}")
     started = started_process(os.environ)
     if args.num_gpus > 1 or args.num_machines > 1:
         if started and "TORCHELASTIC_RUN_ID" in os.environ:
-            raise ValueError(
+            raise UserError(
                 "torchrun has already started the processes: leave out --num-gpus and "
                 "--num-machines, or start train_net.py with python"
             )

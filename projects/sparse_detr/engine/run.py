@@ -14,10 +14,11 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 
-from ..config import resolve_classes
+from ..config import resolve_classes, resolve_device
 from ..data.check import check_data
 from ..data.loader import TrainingBatchSampler, seed_everything
 from ..data.register import check_classes
+from ..errors import UserError
 from .best import BestCheckpoint
 from .checkpoint import Checkpointer
 from .ema import ModelEMA
@@ -41,15 +42,6 @@ def setup(cfg: DictConfig, args: argparse.Namespace) -> None:
     if config is not None and comm.is_main_process():
         written.write_bytes(config)  # an evaluation leaves the run's own as it is
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="sparse_detr")
-
-
-def resolve_device(name: str) -> torch.device:
-    """``train.device``: "auto" is the GPU if there is one, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"train.device={name}, but torch sees no GPU: pass train.device=cpu")
-    return torch.device(name)
 
 
 class Evaluation:
@@ -81,7 +73,7 @@ def evaluate(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, fl
     checkpointer = Checkpointer(model, cfg.train.output_dir)
     resume = (resume or not cfg.train.init_checkpoint) and checkpointer.has_checkpoint()
     if not resume and not cfg.train.init_checkpoint:
-        raise ValueError(
+        raise UserError(
             "nothing to evaluate: pass train.init_checkpoint=..., or the train.output_dir of a run "
             f"(there is no checkpoint in {os.path.abspath(cfg.train.output_dir)})"
         )
@@ -104,6 +96,8 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, float
         logger.info("no validation set (data.val_json, data.val_images): nothing is evaluated")
     model = _build_model(cfg)
     device = next(model.parameters()).device
+    if device.type == "cpu" and cfg.train.device == "auto":
+        logger.warning("torch sees no GPU: training on the CPU (train.device=cpu says it on purpose)")
 
     sampler = getattr(loader, "batch_sampler", None)
     known = isinstance(sampler, TrainingBatchSampler)
@@ -154,7 +148,7 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, float
         )
     patience = cfg.train.early_stop.patience
     if evaluation is None and patience:
-        raise ValueError(
+        raise UserError(
             f"train.early_stop.patience={patience} needs a validation set to see progress on: "
             "pass data.val_json=... and data.val_images=..., or patience=null"
         )
@@ -189,14 +183,14 @@ def _build_model(cfg: DictConfig) -> torch.nn.Module:
     """The model on its device; the data sets, loaded by now, must have its number of classes."""
     if cfg.train.seed >= 0:
         seed_everything(cfg.train.seed)
-    model = instantiate(cfg.model).to(resolve_device(cfg.train.device))
+    model = instantiate(cfg.model).to(resolve_device(cfg.train.device, "train.device"))
     splits = ("train", "test") if _has_test_set(cfg) else ("train",)
     names = [name for split in splits for name in _dataset_names(cfg.dataloader[split])]
     check_classes(model.num_classes, *names, expected=OmegaConf.select(cfg, "data.classes"))
     for split in ("train", "test"):
         delivered = OmegaConf.select(cfg.dataloader[split], "mapper.image_format") or "RGB"
         if delivered != getattr(model, "input_format", delivered):
-            raise ValueError(
+            raise UserError(
                 f"dataloader.{split}.mapper delivers {delivered} but the model was made for "
                 f"{model.input_format}: pass dataloader.{split}.mapper.image_format="
                 f"{model.input_format}"
@@ -216,7 +210,7 @@ def _check_own_data(cfg: DictConfig, *splits: str) -> None:
     for split in splits:
         json_file, images = data.get(f"{split}_json"), data.get(f"{split}_images")
         if bool(json_file) != bool(images):
-            raise ValueError(
+            raise UserError(
                 f"data.{split}_json={json_file} and data.{split}_images={images}: pass both"
             )
         if json_file:

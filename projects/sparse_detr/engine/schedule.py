@@ -17,6 +17,8 @@ from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler, ParamScheduler
 from omegaconf import DictConfig
 
+from ..errors import UserError
+
 logger = logging.getLogger(__name__)
 
 
@@ -45,13 +47,13 @@ class RunLength:
         elif train.max_iter:
             epoch_iters = math.nan
         else:
-            raise ValueError(
+            raise UserError(
                 "the training loader does not tell its number of images, so train.epochs cannot be "
                 "turned into iterations: pass train.max_iter=..., or build the loader with "
                 "sparse_detr.data.build_train_loader"
             )
         if not train.max_iter and not train.epochs:
-            raise ValueError("set train.epochs or train.max_iter to say how long to train")
+            raise UserError("set train.epochs or train.max_iter to say how long to train")
         max_iter = train.max_iter or math.ceil(train.epochs * epoch_iters)
         epoch = max_iter if math.isnan(epoch_iters) else max(1, round(epoch_iters))
         return cls(
@@ -92,11 +94,18 @@ class EpochSchedule:
     def build(self, run: RunLength) -> ParamScheduler:
         """The schedule over this run, as fvcore's function of the fraction done."""
         if self.milestones and math.isnan(run.epoch_iters):
-            raise ValueError(
+            raise UserError(
                 "lr_multiplier.milestones are epochs, but the training loader does not tell how "
                 "many images it has"
             )
         steps = [round(epoch * run.epoch_iters) for epoch in self.milestones]
+        late = [epoch for epoch, step in zip(self.milestones, steps) if step >= run.max_iter]
+        if late:
+            logger.warning(
+                "lr_multiplier.milestones=%s: %s lie behind the run's %.4g epochs: the learning rate "
+                "does not drop there",
+                self.milestones, late, run.max_iter / run.epoch_iters,
+            )  # fmt: skip
         steps = [step for step in steps if step < run.max_iter]
         scheduler = MultiStepParamScheduler(
             [self.gamma**i for i in range(len(steps) + 1)],

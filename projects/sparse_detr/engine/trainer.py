@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from ..data.loader import TrainingBatchSampler, seed_everything
+from ..errors import UserError
 from ..modeling.criterion import part_of_batch
 
 logger = logging.getLogger(__name__)
@@ -24,9 +25,9 @@ def amp_dtype(enabled: bool, dtype: str, device: torch.device) -> torch.dtype | 
     if not enabled:
         return None
     if dtype not in _AMP_DTYPES:
-        raise ValueError(f"train.amp.dtype must be bfloat16 or float16, not {dtype!r}")
+        raise UserError(f"train.amp.dtype must be bfloat16 or float16, not {dtype!r}")
     if _AMP_DTYPES[dtype] == torch.float16 and device.type != "cuda":
-        raise ValueError(
+        raise UserError(
             f"train.amp.dtype=float16 needs a GPU, but train.device is {device}: use bfloat16"
         )
     return _AMP_DTYPES[dtype]
@@ -74,7 +75,7 @@ class Trainer(SimpleTrainer):
     ) -> None:
         super().__init__(model, data_loader, optimizer)
         if grad_accumulation < 1:
-            raise ValueError(f"train.grad_accumulation={grad_accumulation} must be at least 1")
+            raise UserError(f"train.grad_accumulation={grad_accumulation} must be at least 1")
         self.device = next(model.parameters()).device
         self.amp = amp
         self.max_grad_norm = max_grad_norm
@@ -131,7 +132,7 @@ class Trainer(SimpleTrainer):
     def _check_parts(self, batch_size: int) -> int:
         """Images in each part of a process's batch."""
         if batch_size % self.grad_accumulation:
-            raise ValueError(
+            raise UserError(
                 f"train.grad_accumulation={self.grad_accumulation} must divide the {batch_size} "
                 "images that a process has per iteration "
                 "(dataloader.train.total_batch_size / number of processes)"

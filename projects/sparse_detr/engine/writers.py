@@ -17,6 +17,8 @@ from detectron2.utils.events import (
     get_event_storage,
 )
 
+from ..errors import UserError
+
 # losses of inner layers, denoising and encoder outputs: in metrics.json, too many for a line
 _AUXILIARY = re.compile(r"_(\d+|enc|dn)(_|$)")
 
@@ -75,7 +77,7 @@ class WandbWriter(EventWriter):
         try:
             import wandb
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 "train.wandb.enabled=True needs wandb, which cannot be imported "
                 f"({error}): pip install wandb"
             ) from error
