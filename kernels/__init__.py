@@ -5,16 +5,20 @@ from .flops import fvcore_handles
 from .functional import (
     attention_map_splat,
     key_aware_deform_attn,
+    key_aware_weights,
     ms_deform_attn,
     ms_deform_attn_fused,
 )
+from .reference import sampling_locations
 
 __all__ = [
     "Status",
     "attention_map_splat",
     "fvcore_handles",
     "key_aware_deform_attn",
+    "key_aware_weights",
     "ms_deform_attn",
     "ms_deform_attn_fused",
+    "sampling_locations",
     "status",
 ]

@@ -22,6 +22,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import stat
 import subprocess
@@ -181,7 +182,7 @@ class Plan:
         key = hashlib.sha256()
         for part in (
             torch.__version__, str(torch.version.cuda), sys.implementation.cache_tag,
-            platform.machine(), _version_of(compiler), *cflags, *cuda_flags,
+            platform.machine(), _version_of(*compiler), *cflags, *cuda_flags,
             *(f"{k}={v}" for k, v in sorted(environment.items())),
         ):
             key.update(part.encode() + b"\0")
@@ -231,19 +232,20 @@ def cache_dir() -> Path:
     )
 
 
-def _compiler() -> str:
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if shutil.which(compiler) is None:
+def _compiler() -> tuple[str, ...]:
+    """The C++ compiler's command, which may begin with a wrapper: `ccache g++`."""
+    command = tuple(shlex.split(os.environ.get("CXX", ""))) or ("c++",)
+    if shutil.which(command[0]) is None:
         raise BuildError(
-            f"no C++ compiler ({compiler} is not on the PATH): install g++, or set CXX"
+            f"no C++ compiler ({command[0]} is not on the PATH): install g++, or set CXX"
         )
-    return compiler
+    return command
 
 
 @functools.cache
-def _version_of(program: str) -> str:
-    """First line of `program --version`."""
-    done = subprocess.run([program, "--version"], capture_output=True, text=True)
+def _version_of(*command: str) -> str:
+    """First line of `command --version`."""
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True)
     return (done.stdout or done.stderr).partition("\n")[0]
 
 

@@ -35,7 +35,8 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
         (B, Q, M * D), dtype of `value`; sums run in float32 (float64 for float64).
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together.
+        ValueError: shapes, dtypes or devices do not fit together; on CUDA also for more than 8 levels
+            or 2048 samples L * P.
     """
     (value,), (locations,) = _autocast((value,), (locations,))
     _check_value("value", value, shapes)
@@ -125,6 +126,33 @@ def key_aware_deform_attn(
     return torch.ops.sparse_detr.key_aware_deform_attn(query, key, value, _flat(shapes), locations)[0]
 
 
+@torch.no_grad()
+def key_aware_weights(query: Tensor, key: Tensor, shapes: Shapes, locations: Tensor) -> Tensor:
+    """The attention weights of `key_aware_deform_attn`, which it uses and does not keep.
+
+    A score is what a sample's weight changes in `ms_deform_attn`'s output, projected on the query:
+    that op's backward computes all of them without sampled keys in memory. Without gradient.
+
+    Args:
+        query, shapes, locations: as in `key_aware_deform_attn`.
+        key: (B, N, M, D) projected keys, or values where they are the keys.
+
+    Returns:
+        (B, Q, M, L, P), float32 (float64 for float64), softmax over L * P.
+    """
+    (query, key), (locations,) = _autocast((query, key), (locations,))
+    _check_value("key", key, shapes)
+    B, _, M, D = key.shape
+    _check("query", query, (B, None, M, D), key)
+    _check("locations", locations, (B, query.shape[1], M, len(shapes), None, 2), key)
+    _check_precision("locations", locations, key)
+    weights = locations.new_ones(locations.shape[:-1])
+    only_weights = [False, False, True]
+    _, _, scores = torch.ops.sparse_detr.ms_deform_attn_backward(
+        query.flatten(2).to(key.dtype), key, _flat(shapes), locations, weights, only_weights)
+    return (scores * D**-0.5).flatten(-2).softmax(-1).view_as(scores)
+
+
 def attention_map_splat(
     locations: Tensor | Sequence[Tensor], weights: Tensor | Sequence[Tensor], shapes: Shapes
 ) -> Tensor:
@@ -137,7 +165,8 @@ def attention_map_splat(
     that a top-k over it is reproducible.
 
     Args:
-        locations: (B, Q, M, L, P, 2), or one such tensor per layer (Q may differ); float32 or float64.
+        locations: (B, Q, M, L, P, 2), or one such tensor per layer (Q may differ); float32 or float64,
+            the same for all layers.
         weights: (B, Q, M, L, P) softmax weights, or one such tensor per layer; the weights that
             one token collects must sum to less than 1.6e7.
         shapes: (H, W) of each level as Python ints, in token order.
@@ -165,6 +194,13 @@ def attention_map_splat(
             raise ValueError(
                 f"locations[{layer}] has dtype {layer_locations.dtype}: expected float32 or float64"
             )
+        for name, tensor, like in (("locations", layer_locations, first),
+                                   ("weights", layer_weights, weights[0])):
+            if tensor.dtype != like.dtype:
+                raise ValueError(
+                    f"{name}[{layer}] has dtype {tensor.dtype}, {name}[0] has {like.dtype}: expected "
+                    "one dtype for all layers"
+                )
     locations = [x.detach() for x in locations]
     weights = [x.detach() for x in weights]
     if build.is_unavailable(first.device.type):

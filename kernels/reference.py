@@ -32,28 +32,41 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def sampling_locations(
     reference: Tensor, offsets: Tensor, shapes: Sequence[tuple[int, int]]
 ) -> Tensor:
-    """Normalised locations (B, Q, M, L, P, 2) from references (B, Q, L, 2 or 4) and offsets.
+    """Normalised locations from references and offsets.
 
-    A 2-d reference is a point, offsets are in pixels of the level; a 4-d reference is a box
-    (cx, cy, w, h) and offsets are in units of half the box size over P.
+    Args:
+        reference: (B, Q, L, 2) points or (B, Q, L, 4) boxes (cx, cy, w, h), in [0, 1] of the maps.
+        offsets: (B, Q, M, L, P, 2): in cells of the level for points, in half box sizes over P for
+            boxes.
+
+    Returns:
+        (B, Q, M, L, P, 2), at least float32.
     """
     dtype = torch.promote_types(reference.dtype, torch.float32)
-    offsets = offsets.to(dtype)
-    reference = reference.to(dtype)[:, :, None, :, None, :]  # (B, Q, 1, L, 1, 2 or 4)
+    points = offsets.shape[-2]
+
+    def of_points(x: Tensor) -> Tensor:  # (..., L, 2) -> (..., L, P * 2): long rows, for speed
+        return x[..., None, :].expand(*x.shape[:-1], points, 2).flatten(-2)
+
+    rows = offsets.to(dtype).flatten(-2)  # (B, Q, M, L, P * 2)
+    reference = reference.to(dtype)[:, :, None]  # (B, Q, 1, L, 2 or 4)
     if reference.shape[-1] == 2:
-        # A flat list: the export tracer keeps symbolic sizes in it, but not in nested ones.
-        size = torch.tensor(
-            [s for h, w in shapes for s in (w, h)], dtype=dtype, device=reference.device
-        ).view(-1, 2)  # (L, 2)
-        return reference + offsets / size[None, None, None, :, None, :]
-    points = offsets.shape[4]
-    return reference[..., :2] + offsets / points * reference[..., 2:] * 0.5
+        # A flat list: the export tracer keeps symbolic sizes in it, but not in nested ones. Copied
+        # without waiting for the device, which torch.tensor(..., device=...) does.
+        flat = [size for h, w in shapes for size in (w, h)]
+        size = torch.tensor(flat, dtype=dtype).view(-1, 2)  # (L, 2)
+        size = size.to(reference.device, non_blocking=True)
+        locations = torch.addcdiv(of_points(reference), rows, of_points(size))
+    else:
+        centre, size = reference.split(2, dim=-1)
+        locations = torch.addcmul(of_points(centre), rows, of_points(size / max(2 * points, 1)))
+    return locations.unflatten(-1, (points, 2))
 
 
 def sample_levels(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor) -> Tensor:
     """Bilinear samples (B*M, D, Q, L*P) of value (B, N, M, D) at locations (B, Q, M, L, P, 2)."""
     B, _, M, D = value.shape
-    Q, P = locations.shape[1], locations.shape[4]
+    Q = locations.shape[1]
     # Far, infinite and NaN coordinates become a finite place outside: grid_sample would multiply
     # the zero padding by a non-finite bilinear weight. [-1, 2] is outside for every level size.
     locations = locations.to(value.dtype).nan_to_num(nan=-1.0).clamp(-1.0, 2.0)
@@ -63,7 +76,8 @@ def sample_levels(value: Tensor, shapes: Sequence[tuple[int, int]], locations: T
     for level, (level_value, (h, w)) in enumerate(zip(levels, shapes, strict=True)):
         level_map = level_value.permute(0, 2, 3, 1).reshape(B * M, D, h, w)
         if Q == 0 or B == 0:  # grid_sample rejects empty inputs
-            samples.append(level_map.new_zeros(B * M, D, Q, P) + 0 * grids[:, None, :, level, :, 0])
+            # (B*M, D, Q, P) without an element, but with a gradient for both inputs
+            samples.append(level_map.sum((2, 3))[..., None, None] * grids[:, None, :, level, :, 0])
             continue
         samples.append(
             F.grid_sample(

@@ -1,8 +1,10 @@
-"""Commands and links in README.md and docs/*.md name what exists: files, flags, configs, keys."""
+"""Commands and links in the docs name what exists: files, flags, configs, keys. Some commands run;
+tools/run_docs.py runs all."""
 
 import ast
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,24 +12,20 @@ import pytest
 from sparse_detr.config import apply_overrides, get_config, list_configs, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+sys.path.insert(0, str(ROOT / "tools"))
+
+import run_docs  # noqa: E402
+from run_docs import PAGES  # noqa: E402
+
 PYTHON = re.compile(r"(\S*/)?python3?")
 ONE_PER_FOLDER = {name.split("/")[0]: name for name in list_configs()}.values()
 RUN_OUTPUT = re.compile(r"output/(?P<name>.+?)(/config\.yaml)?")  # of a run with a shipped config
 
 
-def code_blocks(page, *languages):
-    """(language, text) of the page's fenced blocks."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
-    return [text for language, text in found if language in languages]
-
-
-def scripts(text):
-    """(script, arguments) of every call of one of the project's scripts in a shell block."""
-    for line in re.sub(r"\\\n", " ", text).splitlines():
-        words = shlex.split(line, comments=True)
-        while words and re.fullmatch(r"\w+=\S*", words[0]):  # environment variables
-            words = words[1:]
+def scripts(page):
+    """(script, arguments) of every call of one of the project's Python scripts."""
+    for _, command in run_docs.commands(page):
+        words = shlex.split(command)
         if len(words) > 1 and PYTHON.fullmatch(words[0]) and words[1].endswith(".py"):
             yield words[1], words[2:]
 
@@ -35,8 +33,7 @@ def scripts(text):
 COMMANDS = [
     pytest.param(script, arguments, id=f"{page.relative_to(ROOT)}: {' '.join([script, *arguments])}")
     for page in PAGES
-    for block in code_blocks(page, "", "bash", "sh", "console")
-    for script, arguments in scripts(block)
+    for script, arguments in scripts(page)
 ]
 LINKS = [
     (page, link)
@@ -106,10 +103,10 @@ def test_a_link_leads_somewhere(page, link):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_examples_import_what_exists(page):
-    for block in code_blocks(page, "python"):
-        imports = [n for n in ast.parse(block).body if isinstance(n, ast.Import | ast.ImportFrom)]
-        own = [n for n in imports if (getattr(n, "module", None) or "").startswith("sparse_detr")]
-        exec(compile(ast.Module(own, []), str(page), "exec"), {})
+    statements = ast.parse(run_docs.program(page)).body
+    imports = [n for n in statements if isinstance(n, ast.Import | ast.ImportFrom)]
+    own = [n for n in imports if (getattr(n, "module", None) or "").startswith("sparse_detr")]
+    exec(compile(ast.Module(own, []), str(page), "exec"), {})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -136,3 +133,34 @@ def test_a_wrong_command_is_found():
         check("tools/visualize_data.py", [*custom, "--sauce", "annotation"])
     with pytest.raises(AssertionError, match="there is no tools/nothing.py"):
         check("tools/nothing.py", [])
+
+
+@pytest.mark.slow
+def test_commands_run(tmp_path):
+    """Own data from its check to the trained model's use; the demo on a folder."""
+    own = run_docs.jobs(ROOT / "docs/own_data.md", "check_data|init_checkpoint|python blocks")
+    todo = [*own, *run_docs.jobs(ROOT / "docs/predict.md", "--input photos/")]
+    assert len(todo) == 5
+    assert run_docs.run_all(todo, tmp_path) == 0  # the report is in the captured output
+
+
+def test_a_command_that_fails_or_hangs_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_docs, "TIME_LIMIT", 0.5)
+    assert run_docs.run(["echo found; exit 3"], tmp_path)[::2] == ("exit status 3", "found\n")
+    assert run_docs.run(["true", "sleep 60 & sleep 60"], tmp_path)[0] == "not done after 0.5 s"
+
+
+def test_commands_are_read_as_a_shell_would(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_docs, "ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Call `python a.py`.\n```bash\n# not this\npython b.py \\\n    --x 'y z'  # why\n"
+        "run --machine-rank 0\nrun --machine-rank 1\n```\n```text\nnor this\n```\n```python\nx = 1\n```\n"
+    )
+    assert list(run_docs.commands(page)) == [
+        (1, "python a.py"), (4, "python b.py --x 'y z'"), (6, "run --machine-rank 0"),
+        (7, "run --machine-rank 1"),
+    ]  # fmt: skip
+    assert run_docs.program(page).splitlines()[12:] == ["x = 1"]
+    *_, machines, _ = run_docs.jobs(page)  # of two machines at once, and last the Python blocks
+    assert machines.commands == ["run --machine-rank 0", "run --machine-rank 1"]

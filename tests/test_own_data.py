@@ -93,6 +93,13 @@ def test_without_a_validation_set_it_trains_and_says_so(data, tmp_path):
     assert "no validation set (data.val_json, data.val_images)" in (tmp_path / "log.txt").read_text()
 
 
+def test_evaluation_needs_a_validation_set(finished, data, tmp_path):
+    folder, _ = finished
+    weights = f"train.init_checkpoint={folder / 'model_final.pth'}"
+    with pytest.raises(ValueError, match="nothing to evaluate on: pass data.val_json="):
+        run(tmp_path, "--eval-only", weights, *files(data, "train"))
+
+
 def test_half_of_a_data_set_is_an_error(data, tmp_path):
     with pytest.raises(ValueError, match="data.val_images=None: pass both"):
         run(tmp_path, *files(data, "train"), f"data.val_json={data}/val.json")

@@ -80,7 +80,8 @@ class Predictor:
 
     @property
     def keep_ratio(self) -> float | None:
-        """Share of the tokens that the encoder refreshes; None if it has no such number."""
+        """Share of the tokens that the encoder refreshes; None if it has no such number
+        or refreshes all."""
         return getattr(self.model.transformer.encoder, "keep_ratio", None)
 
     @keep_ratio.setter
@@ -91,7 +92,7 @@ class Predictor:
                 f"keep_ratio={value}: the encoder of this model, {type(encoder).__name__}, has no "
                 "keep ratio; Sparse DETR's and Focus-DETR's have one"
             )
-        if not 0 < value <= 1:
+        if value is None or not 0 < value <= 1:
             raise ValueError(f"keep_ratio={value} must lie in (0, 1]")
         encoder.keep_ratio = value
 

@@ -122,6 +122,41 @@ def test_a_batch_script_without_srun_waits_for_nobody():
     assert processes.started_process({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}) is None
 
 
+TRAINS = """
+import argparse, os
+from torch import nn, ones
+from detectron2.utils import comm
+from sparse_detr.engine import processes
+
+def threads():
+    return {open(f"/proc/self/task/{t}/comm").read().strip() for t in os.listdir("/proc/self/task")}
+
+def main(args):
+    model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+    model.itself = [model]
+    model(ones(1, 2)).sum().backward()
+    comm._get_global_gloo_group()  # as comm.gather does
+    print(threads())
+
+processes.launch(main, argparse.Namespace(num_gpus=1, num_machines=1))
+print(threads())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
+def test_no_thread_outlives_its_process_group():
+    """One that gives back a tensor while the interpreter ends aborts the process."""
+    environment = {**os.environ, **TORCHRUN, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
+                   "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
+                   "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "projects")}  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", TRAINS], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    inside, after = done.stdout.splitlines()
+    assert "gloo" in inside and "gloo" not in after
+
+
 def arguments(**kwargs):
     defaults = dict(num_gpus=1, num_machines=1, machine_rank=0, dist_url="auto")
     return argparse.Namespace(**{**defaults, **kwargs})

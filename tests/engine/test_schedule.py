@@ -69,6 +69,18 @@ def test_warm_up_is_linear_in_iterations():
     assert lr[79] == 1.0 and lr[80] == pytest.approx(0.1)
 
 
+def test_warm_up_leaves_most_of_a_short_run_at_the_full_rate(caplog):
+    """200 iterations of the shipped recipe on a set of which an epoch is two iterations."""
+    run = RunLength(max_iter=48, epoch_iters=2, eval_period=2, checkpoint_period=2)
+    schedule = EpochSchedule(milestones=[20], warmup_iters=200).build(run)
+    lr = [schedule(i / 48) for i in range(48)]
+    assert lr[:14] == pytest.approx([0.001 + 0.999 * i / 13 for i in range(14)])
+    assert lr[14:40] == [1.0] * 26 and lr[40:] == pytest.approx([0.1] * 8)
+    assert "warmup_iters=200 is too long" in caplog.text and "takes 13, a third" in caplog.text
+    schedule = EpochSchedule(warmup_iters=9).build(run)
+    assert [schedule(i / 48) for i in (0, 9, 47)] == [0.001, 1.0, 1.0]
+
+
 def test_plain_schedulers_pass_through():
     config = L(CosineParamScheduler)(start_value=1.0, end_value=0.0)
     assert build_lr_multiplier(config, RUN)(0.5) == pytest.approx(0.5)

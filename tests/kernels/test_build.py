@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparse_detr.kernels import build
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # A CPU kernel that takes seconds to compile and whose output can be told from the reference's.
@@ -124,6 +126,13 @@ def test_no_compiler_means_plain_pytorch_and_one_warning(call):
     assert line == REFERENCE
     assert err.count("runs in plain PyTorch") == 1
     assert "no C++ compiler (/nonexistent/c++ is not on the PATH)" in err
+
+
+def test_an_empty_compiler_variable_is_none_and_a_wrapper_may_stand_before_it(monkeypatch):
+    monkeypatch.setenv("CXX", "")
+    assert build._compiler() == ("c++",)
+    monkeypatch.setenv("CXX", "env c++")
+    assert build._version_of(*build._compiler()) == build._version_of("c++")
 
 
 def test_without_a_compiler_gradients_are_the_formulas(call):

@@ -216,14 +216,14 @@ def test_inputs_need_not_be_contiguous(operator):
 @pytest.mark.parametrize("operator", ["attention", "key-aware"])
 def test_points_on_borders_and_pixel_centres(operator):
     """At whole pixel coordinates the slope jumps: the one to the right counts, as in grid_sample."""
-    inputs = problem(B=1, Q=121, M=1, D=4, L=2, P=1)
+    inputs = problem(B=1, Q=169, M=1, D=4, L=2, P=1)
     inputs["shapes"] = ((8, 4), (2, 16))  # powers of two: no coordinate is rounded
     g = torch.Generator().manual_seed(2)
     for name in ("value", "key"):
         inputs[name] = torch.rand(1, 64, 1, 4, generator=g, dtype=torch.float64)
-    # Pixel centres, borders, the middle between pixels, and partly outside.
-    steps = torch.tensor([-3, 0, 1, 2, 3, 5, 8, 12, 15, 16, 19], dtype=torch.float64) / 16
-    inputs["locations"] = torch.cartesian_prod(steps, steps).view(1, 121, 1, 1, 1, 2).repeat(
+    # Pixel centres, borders, the middle between pixels, partly outside; -1 and -2 are pixel -1 of a map.
+    steps = torch.tensor([-3, -2, -1, 0, 1, 2, 3, 5, 8, 12, 15, 16, 19], dtype=torch.float64) / 16
+    inputs["locations"] = torch.cartesian_prod(steps, steps).view(1, 169, 1, 1, 1, 2).repeat(
         1, 1, 1, 2, 1, 1)
     exact, found = run(operator, inputs, 1), run(operator, inputs, 0)
     torch.testing.assert_close(found[0], exact[0], rtol=1e-12, atol=1e-12)
@@ -279,10 +279,11 @@ def test_what_is_not_sampled_does_not_matter(operator):
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("empty", [dict(Q=0), dict(B=0)], ids=str)
-def test_no_query_and_no_image_are_fine(operator, empty):
-    out, gradients = run(operator, problem(**empty, dtype=torch.float32), 0)
-    assert out.numel() == 0
+@pytest.mark.parametrize("which", [0, 1], ids=["compiled", "plain"])
+@pytest.mark.parametrize("empty", [dict(Q=0), dict(B=0), dict(P=0)], ids=str)
+def test_nothing_to_sample_is_fine(operator, empty, which):
+    out, gradients = run(operator, problem(**empty, dtype=torch.float32), which)
+    assert not out.any()
     assert all(not g.any() for g in gradients.values())
 
 

@@ -8,6 +8,7 @@ from detectron2.structures import ImageList
 from detectron2.utils.events import EventStorage
 
 from sparse_detr.config import get_config, list_configs
+from sparse_detr.modeling.heads import DetectionHeads
 from sparse_detr.yacs import add_sparse_detr_config
 
 from .tiny import sample, shrink, tiny_model
@@ -32,6 +33,19 @@ def test_a_training_step_reaches_every_trained_parameter(config):
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     suffixes = {"", "_0"} | ({"_enc"} if "two_stage" in config or "efficient" in config else set())
     assert set(losses) == {f"loss_{k}{s}" for k in ("class", "bbox", "giou") for s in suffixes}
+
+
+@pytest.mark.parametrize("config", [*VARIANTS, "dino/dino_r50_4scale_12ep",
+                                    "sparse_detr/sparse_detr_r50_30_50ep"])
+def test_all_layers_start_from_the_same_heads(config):
+    groups = [m for m in tiny_model(config).modules() if isinstance(m, DetectionHeads)]
+    for heads in groups:
+        for kind in (heads.class_heads, heads.box_heads):
+            first = dict(kind[0].named_parameters())
+            for name, parameter in (x for head in kind[1:] for x in head.named_parameters()):
+                if not name.endswith(f"{len(heads.box_heads[0].layers) - 1}.bias"):  # sizes: the first only
+                    assert torch.equal(parameter, first[name]), name
+    assert any(len(heads.class_heads) > 1 for heads in groups) or config == VARIANTS[0]
 
 
 @pytest.mark.parametrize("config", VARIANTS)
@@ -126,6 +140,14 @@ def test_batches_with_and_without_objects():
 def test_training_without_annotations_is_refused():
     with pytest.raises(ValueError, match="no 'instances' for image0.jpg"):
         tiny_model().train()([sample(64, 64, annotated=False)])
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_class_that_the_model_does_not_have_is_named(label):
+    entry = sample(64, 64)
+    entry["instances"].gt_classes[1] = label
+    with pytest.raises(ValueError, match=f"image0.jpg has an object of class {label}, .* has 3 classes"):
+        tiny_model().train()([entry])
 
 
 def test_nothing_is_rounded_up_to_the_backbone_stride():

@@ -47,7 +47,7 @@ def test_matcher_finds_the_cheapest_assignment():
     matcher = HungarianMatcher()
     targets = make_targets(3, 0, 2)
     logits, boxes = torch.randn(3, 5, 4, dtype=torch.double), random_boxes(3, 5, seed=9)
-    (match,) = matcher([(logits, boxes, targets)])
+    (match,) = matcher([(logits, boxes, targets)], [""])
     costs = matcher.costs(logits, boxes, targets)
     start = 0
     for image, cost in enumerate(costs):
@@ -66,8 +66,8 @@ def test_matcher_finds_the_cheapest_assignment():
 def test_matching_sets_together_equals_matching_them_one_by_one():
     matcher, targets = HungarianMatcher(), make_targets(2, 3)
     sets = [(torch.randn(2, 6, 4), random_boxes(2, 6, seed=s).float(), targets) for s in (1, 2, 3)]
-    for together, prediction in zip(matcher(sets), sets):
-        (alone,) = matcher([prediction])
+    for together, prediction in zip(matcher(sets, ["a", "b", "c"]), sets):
+        (alone,) = matcher([prediction], [""])
         assert torch.equal(together.query, alone.query)
         assert torch.equal(together.target, alone.target)
 
@@ -75,8 +75,8 @@ def test_matching_sets_together_equals_matching_them_one_by_one():
 def test_matcher_names_set_and_image_of_a_nan():
     boxes = random_boxes(2, 5)
     boxes[1, 3] = float("nan")
-    with pytest.raises(FloatingPointError, match="prediction set 0, image 1"):
-        HungarianMatcher()([(torch.randn(2, 5, 4), boxes, make_targets(2, 2))])
+    with pytest.raises(FloatingPointError, match="losses loss_\\*_enc_0, image 1"):
+        HungarianMatcher()([(torch.randn(2, 5, 4), boxes, make_targets(2, 2))], ["loss_*_enc_0"])
 
 
 def reference_losses(logits, boxes, targets, matches):

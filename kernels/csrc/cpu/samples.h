@@ -106,7 +106,7 @@ struct alignas(64) Chunk {
     Real x = shuffle<even_lane, A, W>(first, second) * load<W>(scale_x + j) + load<W>(centre_x + j);
     Real y = shuffle<odd_lane, A, W>(first, second) * load<W>(scale_y + j) + load<W>(centre_y + j);
     const Real w = load<W>(width + j), h = load<W>(height + j);
-    const Int valid = (x > -1) & (x < w) & (y > -1) & (y < h);  // false for NaN
+    const Int valid = (x >= -1) & (x < w) & (y >= -1) & (y < h);  // false for NaN
     const Real outside = Real{} - 2;  // of the cell at -2, all four corners are outside
     x = valid ? x : outside;
     y = valid ? y : outside;

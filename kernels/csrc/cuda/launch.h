@@ -54,7 +54,7 @@ struct Problem {
           const int64_t* shapes)
       : images(images), tokens(0), queries(queries), heads(heads), channels(channels),
         levels(levels), points(points), tiles(0), tiled_from(-1), aggregate(false),
-        reciprocal(static_cast<unsigned>(((1 << 28) + points - 1) / points)) {
+        reciprocal(points > 0 ? unsigned(((1 << 28) + points - 1) / points) : 0) {
     for (int l = 0; l < levels; ++l) {
       const int height = static_cast<int>(shapes[2 * l]);
       const int width = static_cast<int>(shapes[2 * l + 1]);

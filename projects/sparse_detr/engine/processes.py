@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before a group exists: its functions' defaults would keep it for ever
 from detectron2.engine import launch as detectron2_launch
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
@@ -43,10 +44,21 @@ def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespac
         comm.create_local_process_group(int(started["LOCAL_WORLD_SIZE"]))
         comm.synchronize()
         main(args)
-        gc.collect()  # a model in a reference cycle keeps threads of the group
         comm.synchronize()  # nobody leaves while another one still talks
     finally:
-        dist.destroy_process_group()
+        _end_groups()
+
+
+def _end_groups() -> None:
+    """Destroys the process groups and, by letting go of all that refers to them, their threads.
+
+    A thread that gives back a tensor while the interpreter ends aborts the process ("terminate
+    called without an active exception").
+    """
+    comm._LOCAL_PROCESS_GROUP = None
+    comm._get_global_gloo_group.cache_clear()
+    gc.collect()  # models in reference cycles
+    dist.destroy_process_group()
 
 
 def started_process(environ: Mapping[str, str]) -> dict[str, str] | None:

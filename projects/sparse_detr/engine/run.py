@@ -78,6 +78,10 @@ def evaluate(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, fl
     ``train.init_checkpoint``."""
     resolve_classes(cfg)
     _check_own_data(cfg, "val")
+    if not _has_test_set(cfg):
+        raise ValueError(
+            "nothing to evaluate on: pass data.val_json=... and data.val_images=... (the run had none)"
+        )
     evaluation = Evaluation(cfg)
     model = _build_model(cfg, "test")
     checkpointer = Checkpointer(model, cfg.train.output_dir)

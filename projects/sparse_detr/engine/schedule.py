@@ -71,7 +71,8 @@ class EpochSchedule:
         milestones: epochs (fractions allowed) at whose end the learning rate is multiplied by
             ``gamma``.
         gamma: decay factor.
-        warmup_iters: iterations of linear warm-up; 0 for none.
+        warmup_iters: iterations of linear warm-up; 0 for none. At most a third of the iterations up
+            to the first milestone: in a run on few images the full rate would not be reached.
         warmup_factor: multiplier at iteration 0 of the warm-up.
     """
 
@@ -102,8 +103,16 @@ class EpochSchedule:
             num_updates=run.max_iter,
             milestones=steps,
         )
-        if self.warmup_iters:
-            warmup_length = min(self.warmup_iters / run.max_iter, 1.0)
+        full_rate = min(steps, default=run.max_iter)
+        warmup_iters = min(self.warmup_iters, full_rate // 3)
+        if warmup_iters < self.warmup_iters:
+            logger.warning(
+                "lr_multiplier.warmup_iters=%d is too long for this run, whose learning rate falls "
+                "or ends after %d iterations: the warm-up takes %d, a third of them",
+                self.warmup_iters, full_rate, warmup_iters,
+            )  # fmt: skip
+        if warmup_iters:
+            warmup_length = warmup_iters / run.max_iter
             scheduler = WarmupParamScheduler(scheduler, self.warmup_factor, warmup_length)
         return scheduler
 

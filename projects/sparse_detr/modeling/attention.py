@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels import ms_deform_attn, ms_deform_attn_fused
-from .tokens import LevelShapes, level_sizes
+from ..kernels import ms_deform_attn, ms_deform_attn_fused, sampling_locations
+from .layers import at_least_float32
+from .tokens import LevelShapes
 
 
 class Samples(NamedTuple):
@@ -25,32 +26,6 @@ class Samples(NamedTuple):
 
     locations: Tensor
     weights: Tensor
-
-
-def sampling_locations(reference: Tensor, offsets: Tensor, shapes: LevelShapes) -> Tensor:
-    """Reference plus offsets, in [0, 1] of each map.
-
-    Args:
-        reference: (B, Q, L, 2) points or (B, Q, L, 4) cxcywh boxes.
-        offsets: (B, Q, M, L, P, 2): in cells for points; in half box sizes / P for boxes.
-
-    Returns:
-        (B, Q, M, L, P, 2).
-    """
-    num_points = offsets.shape[-2]
-
-    def of_points(x: Tensor) -> Tensor:  # (..., L, 2) -> (..., L, P * 2): long rows, for speed
-        return x[..., None, :].expand(*x.shape[:-1], num_points, 2).flatten(-2)
-
-    rows = offsets.flatten(-2)  # (B, Q, M, L, P * 2)
-    reference = reference[:, :, None]  # (B, Q, 1, L, 2 or 4)
-    if reference.shape[-1] == 2:
-        sizes = level_sizes(shapes, reference)  # (L, 2)
-        locations = torch.addcdiv(of_points(reference), rows, of_points(sizes))
-    else:
-        centre, size = reference.split(2, dim=-1)
-        locations = torch.addcmul(of_points(centre), rows, of_points(size * (0.5 / num_points)))
-    return locations.unflatten(-1, (num_points, 2))
 
 
 def initial_offsets(num_heads: int, num_levels: int, num_points: int) -> Tensor:
@@ -147,7 +122,7 @@ class MSDeformAttn(DeformableSampling):
             out = ms_deform_attn_fused(value, shapes, reference, offsets, logits)
             return self.output_proj(out), None
         locations = sampling_locations(reference, offsets, shapes)
-        weights = logits.softmax(-1).view(offsets.shape[:-1])  # (B, Q, M, L, P)
+        weights = at_least_float32(logits).softmax(-1).view(offsets.shape[:-1])  # (B, Q, M, L, P)
         out = ms_deform_attn(value, shapes, locations, weights)
         return self.output_proj(out), Samples(locations.detach(), weights.detach())
 

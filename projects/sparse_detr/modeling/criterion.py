@@ -121,7 +121,7 @@ class SetCriterion(nn.Module):
         found = iter(self.matcher([
             (at_least_float32(p.logits.detach()), p.boxes.detach(), _targets_of(p, targets))
             for p in unmatched
-        ]))
+        ], [f"loss_*{p.suffix}" for p in unmatched]))
         return [next(found) if p.matches is None else p.matches for p in predictions]
 
     def _set_losses(self, prediction: Predictions, match: Matches, labels: Tensor,
@@ -143,7 +143,7 @@ class SetCriterion(nn.Module):
     @staticmethod
     def _num_boxes(num_objects: int, like: Tensor) -> Tensor:
         """Objects per process, averaged over all processes."""
-        count = like.new_tensor(float(num_objects))
+        count = torch.tensor(float(num_objects), dtype=like.dtype).to(like.device, non_blocking=True)
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(count)
             count = count / comm.get_world_size()

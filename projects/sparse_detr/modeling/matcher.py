@@ -86,12 +86,13 @@ class HungarianMatcher(nn.Module):
         return positive - negative
 
     @torch.no_grad()
-    def forward(self, predictions: Sequence[tuple[Tensor, Tensor, Sequence[Target]]]
-                ) -> list[Matches]:
+    def forward(self, predictions: Sequence[tuple[Tensor, Tensor, Sequence[Target]]],
+                names: Sequence[str]) -> list[Matches]:
         """Match several prediction sets with one copy from the device.
 
         Args:
             predictions: (logits (B, Q, num_classes), boxes (B, Q, 4), targets) per set.
+            names: of the sets, for errors.
 
         Raises:
             FloatingPointError: a cost is not finite; names the set and the image.
@@ -101,7 +102,7 @@ class HungarianMatcher(nn.Module):
         host = torch.cat(flat).cpu().split([cost.numel() for cost in flat]) if flat else ()
         host = iter(host)
         matches = []
-        for number, per_set in enumerate(costs):
+        for number, (name, per_set) in enumerate(zip(names, costs, strict=True)):
             batch, query, target, offset = [], [], [], 0
             for image, cost in enumerate(per_set):
                 matrix = next(host).view(cost.shape).numpy()
@@ -109,7 +110,7 @@ class HungarianMatcher(nn.Module):
                     rows, columns = linear_sum_assignment(matrix)
                 except ValueError as error:
                     raise FloatingPointError(
-                        f"matching failed for prediction set {number}, image {image} of the batch: "
+                        f"matching failed for the losses {name}, image {image} of the batch: "
                         f"{error}. The predictions or this image's boxes hold NaN or Inf; "
                         "lower the learning rate or check the annotations."
                     ) from error

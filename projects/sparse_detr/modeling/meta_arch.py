@@ -144,14 +144,29 @@ class SetDetector(nn.Module):
                     "training needs annotations: the data mapper delivered no 'instances' for "
                     f"{entry.get('file_name', 'an image')}"
                 )
+            self._check_classes(entry)
             instances = entry["instances"].to(self.device)
             height, width = instances.image_size
-            scale = self.pixel_mean.new_tensor([width, height, width, height])
-            boxes = instances.gt_boxes.tensor.to(self.pixel_mean.dtype) / scale
+            boxes = instances.gt_boxes.tensor.to(self.pixel_mean.dtype)
+            scale = torch.tensor([width, height, width, height], dtype=boxes.dtype)
+            boxes = boxes / scale.to(self.device, non_blocking=True)
             targets.append(
                 Target(instances.gt_classes, xyxy_to_cxcywh(boxes), (height, width))
             )
         return targets
+
+    def _check_classes(self, entry: dict) -> None:
+        """An index error otherwise, which on a GPU names neither the line nor the cause."""
+        classes = entry["instances"].gt_classes
+        if classes.device.type != "cpu" or len(classes) == 0:  # no waiting for a GPU
+            return
+        low, high = classes.min().item(), classes.max().item()
+        if low < 0 or high >= self.num_classes:
+            raise ValueError(
+                f"{entry.get('file_name', 'an image')} has an object of class "
+                f"{low if low < 0 else high}, but the model has {self.num_classes} classes, counted "
+                "from 0: model.num_classes (yacs: MODEL.DETR.NUM_CLASSES) must be the data set's"
+            )
 
     def losses(self, output: TransformerOutput, targets: list[Target]) -> dict[str, Tensor]:
         """Weighted losses of the criterion and of the encoder strategy."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from detectron2.structures import Boxes, Instances
+import torch
 from torch import Tensor
 
 from .boxes import cxcywh_to_xyxy
@@ -38,7 +39,8 @@ def detections(logits: Tensor, boxes: Tensor, sizes: list[tuple[int, int]],
     for size, score, label, box in zip(sizes, *top_detections(logits, boxes, k)):
         height, width = size
         result = Instances(size)
-        result.pred_boxes = Boxes(box * box.new_tensor([width, height, width, height]))
+        scale = torch.tensor([width, height, width, height], dtype=box.dtype)
+        result.pred_boxes = Boxes(box * scale.to(box.device, non_blocking=True))
         result.scores = score
         result.pred_classes = label
         results.append(result)

@@ -82,7 +82,8 @@ def level_sizes(shapes: LevelShapes, like: Tensor) -> Tensor:
     """(L, 2) cells per level as (w, h), in the dtype and on the device of ``like``."""
     # A flat list: the export tracer keeps symbolic sizes in it, but not in nested ones.
     flat = [size for height, width in shapes for size in (width, height)]
-    return torch.tensor(flat, dtype=like.dtype, device=like.device).view(-1, 2)
+    # Copied without waiting for the device, which torch.tensor(..., device=...) does.
+    return torch.tensor(flat, dtype=like.dtype).view(-1, 2).to(like.device, non_blocking=True)
 
 
 def valid_sizes(masks: Sequence[Tensor]) -> Tensor:

@@ -67,6 +67,10 @@ class DetectionTransformer(nn.Module):
                         f"{type(part).__name__} needs a two-stage head: "
                         "set model.transformer.proposal_head"
                     )
+        if share_proposal_heads and proposal_head is None:
+            raise ValueError(
+                "share_proposal_heads=True needs a two-stage head: set model.transformer.proposal_head"
+            )
         if query_selection.two_stage and not decoder.refine:
             if not share_proposal_heads:
                 raise ValueError(
@@ -96,7 +100,7 @@ class DetectionTransformer(nn.Module):
                 if parameter.dim() > 1:
                     nn.init.xavier_uniform_(parameter)
         nn.init.normal_(self.level_embed)
-        for module in self.modules():
+        for module in reversed(list(self.modules())):  # parts first: their owner has the last word
             if module is not self and hasattr(module, "init_weights"):
                 module.init_weights()
 

@@ -8,11 +8,10 @@ it has looked at are worth reading.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from ...kernels import key_aware_deform_attn, ms_deform_attn
-from ..attention import DeformableSampling, Samples, project_value, sampling_locations
+from ...kernels import key_aware_deform_attn, key_aware_weights, sampling_locations
+from ..attention import DeformableSampling, Samples, project_value
 from ..tokens import LevelShapes
 
 
@@ -59,25 +58,5 @@ class KeyAwareDeformAttn(DeformableSampling):
         out = self.output_proj(key_aware_deform_attn(query, key, value, shapes, locations))
         if not record:
             return out, None
-        weights = sample_weights(query, value if key is None else key, shapes, locations)
+        weights = key_aware_weights(query, value if key is None else key, shapes, locations)
         return out, Samples(locations.detach(), weights)
-
-
-def sample_weights(query: Tensor, key: Tensor, shapes: LevelShapes, locations: Tensor) -> Tensor:
-    """The attention weights, which the op uses and does not keep; without gradient.
-
-    A score is how the plain op's output, projected on the query, changes with the sample's weight:
-    its backward pass computes all of them without sampled keys in memory.
-
-    Args:
-        query: (B, Q, M, D); key: (B, N, M, D); locations: (B, Q, M, L, P, 2).
-
-    Returns:
-        (B, Q, M, L, P), softmax over L * P.
-    """
-    with torch.enable_grad():
-        weights = locations.new_zeros(locations.shape[:-1], requires_grad=True)
-        out = ms_deform_attn(key.detach(), shapes, locations.detach(), weights)  # (B, Q, C)
-    (scores,) = torch.autograd.grad(out, weights, query.detach().flatten(2).to(out.dtype))
-    scores = scores * query.shape[-1] ** -0.5
-    return scores.flatten(-2).softmax(-1).view_as(scores)
