@@ -16,6 +16,7 @@ from .modeling.tiny import shrink
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import demo  # noqa: E402
+import demo_quick  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +118,24 @@ def test_inputs_are_never_overwritten_and_broken_ones_are_skipped(run_folder, im
     assert demo.main([*command, "--json", str(tmp_path / "found.json")]) == 0
     assert "skipped" in capsys.readouterr().err
     assert len(json.loads((tmp_path / "found.json").read_text())["images"]) > 0
+
+
+def test_the_quick_demo_can_be_repeated(tmp_path, monkeypatch, capsys):
+    """A folder takes one run: its own is emptied, one that was asked for is not."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo_quick, "draw", lambda folder: [])
+    seen = []
+
+    def main(args):
+        folder = Path(args.opts[0].partition("=")[2])
+        seen.append((folder.name, (folder / "model_final.pth").exists()))
+        return {"bbox": {"AP": 1.0, "AP50": 2.0, "AP-disc": 3.0}}
+
+    monkeypatch.setattr(demo_quick.train_net, "main", main)
+    for options in ([], ["--output-dir", "mine"]):
+        folder = tmp_path / (options[-1] if options else "output/demo")
+        folder.mkdir(parents=True)
+        (folder / "model_final.pth").touch()
+        monkeypatch.setattr(sys, "argv", ["demo_quick.py", *options])
+        demo_quick.main()
+    assert seen == [("demo", False), ("mine", True)]

@@ -133,6 +133,62 @@ def test_other_classes_than_those_learned_cannot_be_evaluated(finished, data, tm
         )  # fmt: skip
 
 
+def with_categories(data, split, path, change):
+    coco = json.loads((data / f"{split}.json").read_text())
+    change(coco)
+    path.write_text(json.dumps(coco))
+    return f"data.{split}_json={path}"
+
+
+def reverse(coco):
+    for category, name in zip(coco["categories"], reversed(CLASSES)):
+        category["name"] = name
+
+
+def test_the_order_of_the_classes_comes_with_the_weights(finished, data, tmp_path):
+    """Nothing but the checkpoint knows it here: the classes are read from the JSON."""
+    folder, _ = finished
+    weights = f"train.init_checkpoint={folder / 'model_final.pth'}"
+    val = with_categories(data, "val", tmp_path / "val.json", reverse)
+    other = "class 0 is 'cross' in the data, 'disc' in the weights .data: cross, star, .*; weights: disc"
+    with pytest.raises(ValueError, match=other):
+        run(tmp_path / "a", "--eval-only", weights, *files(data, "val"), val)
+    train = with_categories(data, "train", tmp_path / "train.json", reverse)
+    shutil.copytree(folder, tmp_path / "b")
+    with pytest.raises(ValueError, match=other):
+        run(tmp_path / "b", "--resume", *files(data, "train"), train)
+    run(tmp_path / "c", *files(data, "train"), train, weights)
+    log = (tmp_path / "c" / "log.txt").read_text()
+    assert "fine-tuning for other classes, or in another order: class 0 is 'cross'" in log
+
+
+def test_fewer_classes_in_the_validation_set(finished, data, tmp_path):
+    """The advice leads somewhere."""
+    folder, results = finished
+    weights = f"train.init_checkpoint={folder / 'model_final.pth'}"
+    absent = {"star", "cross"}
+
+    def drop(coco):
+        ids = {c["id"] for c in coco["categories"] if c["name"] in absent}
+        coco["categories"] = [c for c in coco["categories"] if c["id"] not in ids]
+        coco["annotations"] = [a for a in coco["annotations"] if a["category_id"] not in ids]
+
+    val = with_categories(data, "val", tmp_path / "val.json", drop)
+    remedy = r"JSON all the {} categories, in their order \(disc, triangle, square, star, cross\); some may"
+    with pytest.raises(ValueError, match=remedy.format("training set's")):
+        run(tmp_path / "a", "--eval-only", weights, *files(data, "val"), val)
+    with pytest.raises(ValueError, match=remedy.format("model's")):
+        run(tmp_path / "b", "--eval-only", weights, val, config=folder / "config.yaml")
+
+    def empty(coco):
+        ids = {c["id"] for c in coco["categories"] if c["name"] in absent}
+        coco["annotations"] = [a for a in coco["annotations"] if a["category_id"] not in ids]
+
+    val = with_categories(data, "val", tmp_path / "all.json", empty)
+    again = run(tmp_path / "c", "--eval-only", weights, *files(data, "val"), val)
+    assert again["bbox"]["AP-disc"] == pytest.approx(results["bbox"]["AP-disc"], nan_ok=True)
+
+
 def test_a_run_goes_on_from_a_model_of_other_classes(finished, data, tmp_path):
     """... when it is trained; evaluation and resuming take the weights as they are."""
     folder, _ = finished

@@ -128,6 +128,7 @@ def test_resume_equals_an_uninterrupted_run(data, finished, tmp_path):
     assert same(whole["model"], resumed["model"])
     assert same(whole["trainer"], resumed["trainer"])
     assert detections(tmp_path) == detections(folder)
+    assert "the run goes on with" not in (tmp_path / "log.txt").read_text()
 
 
 def test_resume_survives_a_truncated_checkpoint(data, finished, tmp_path, caplog):
@@ -150,6 +151,101 @@ def test_resuming_a_finished_run_only_evaluates(data, finished, tmp_path):
     assert run(data, tmp_path, "--resume") == pytest.approx(results, nan_ok=True)
     assert detections(tmp_path) == detections(folder)
     assert not (tmp_path / "model_0000005.pth").exists()
+
+
+def test_a_command_that_fails_leaves_the_config_alone(data, finished, tmp_path):
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(ValueError, match="model_final.pth: the weights are not the model's"):
+        run(data, tmp_path, "--resume", "model.transformer.encoder.num_layers=2")
+    with pytest.raises(TypeError):
+        run(data, tmp_path, "--resume", "train.seed=null")
+    assert (tmp_path / "config.yaml").read_text() == before
+    run(data, tmp_path, "--resume", "train.log_period=3")
+    assert config.load_config(str(tmp_path / "config.yaml")).train.log_period == 3
+    assert not list(tmp_path.glob("*.tmp*"))
+
+
+def contents(folder):
+    return {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def test_a_new_run_needs_a_folder_of_its_own(data, finished, tmp_path):
+    folder, _ = finished
+    before = contents(folder)
+    message = r"holds a run already \(model_final.pth\): --resume goes on with it; for a new run take"
+    with pytest.raises(ValueError, match=message):
+        run(data, folder)
+    with pytest.raises(ValueError, match=message):
+        engine.train(config.load_config(TINY, [f"data.root={data}", f"train.output_dir={folder}"]))
+    assert contents(folder) == before
+    shutil.copy(folder / "model_best.pth", tmp_path)
+    with pytest.raises(ValueError, match=r"\(model_best.pth\): for a new run take"):
+        run(data, tmp_path)
+
+
+@pytest.fixture
+def interrupted(finished, tmp_path):
+    """The run after three of its six iterations."""
+    shutil.copy(finished[0] / "model_0000002.pth", tmp_path)
+    return tmp_path
+
+
+def test_a_resumed_run_follows_the_config_or_says_that_it_does_not(data, interrupted):
+    run(data, interrupted, "--resume", "optimizer.lr=1e-5", "optimizer.weight_decay=0.5", "train.seed=7")
+    assert metrics(interrupted)[5]["lr"] == pytest.approx(1e-6)  # behind the milestone
+    groups = read(interrupted / "model_final.pth")["trainer"]["optimizer"]["param_groups"]
+    assert {group["initial_lr"] for group in groups} == {1e-5, 0.1 * 1e-5}
+    assert {group["weight_decay"] for group in groups} == {0.5}
+    log = (interrupted / "log.txt").read_text()
+    assert "lr 0.001 -> 1e-05" in log and "weight_decay 0.0001 -> 0.5" in log and "betas" not in log
+    assert "its own seed 42, not with train.seed=7" in log
+    assert config.load_config(str(interrupted / "config.yaml")).train.seed == 42
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.params.weight_decay_norm=0.0", "number of parameter groups.*must be as before"),
+        ("dataloader.train.total_batch_size=4", "batches of 2 out of 12 images, but .* of 4 out of 12"),
+        ("dataloader.train.dataset.num_images=11", "resume with .*total_batch_size=2, or start anew"),
+    ],
+)
+def test_what_would_be_another_run_is_not_resumed(data, interrupted, tmp_path_factory, override, message):
+    if "num_images" in override:
+        data = tmp_path_factory.mktemp("other")  # the set is drawn once
+    with pytest.raises(ValueError, match=f"model_0000002.pth: .*{message}"):
+        run(data, interrupted, "--resume", override)
+    assert metrics(interrupted) == {}
+
+
+def test_a_resumed_run_counts_its_checkpoints_on(data, interrupted):
+    keep = ["--resume", "train.checkpointer.period=1", "train.checkpointer.max_to_keep=2"]
+    run(data, interrupted, *keep, "train.eval_period=0", "train.max_iter=4")
+    run(data, interrupted, *keep, "train.eval_period=0", "train.max_iter=6")
+    numbered = sorted(f.name for f in interrupted.glob("model_0*.pth"))
+    assert numbered == ["model_0000004.pth", "model_0000005.pth"]
+
+
+def test_period_zero_means_at_the_end(data, tmp_path):
+    run(data, tmp_path, "train.checkpointer.period=0", "train.eval_period=0")
+    assert sorted(f.name for f in tmp_path.glob("model_*.pth")) == ["model_best.pth", "model_final.pth"]
+    assert "evaluation at the end, checkpoint at the end" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.log_period=0", "train.log_period=0 must be at least 1$"),
+        ("train.log_period=null", "train.log_period=None must be at least 1$"),
+        ("train.checkpointer.max_to_keep=0", "max_to_keep=0 must be at least 1, or null"),
+        ("train.checkpointer.period=-1", "checkpointer.period=-1 must be at least 0, or null"),
+    ],
+)
+def test_periods_that_cannot_work_are_refused(data, tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        run(data, tmp_path, override)
 
 
 def test_eval_only_repeats_the_evaluation_of_the_run(data, finished, tmp_path):
@@ -175,6 +271,28 @@ def test_eval_only_takes_the_run_not_what_its_training_started_from(finished, tm
     train_net.main(train_net.arguments([*command, "model.max_detections=50"]))
     assert detections(tmp_path / "run") == detections(folder)
     assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+def test_eval_only_in_a_folder_without_a_run_says_what_it_takes(data, finished, tmp_path):
+    folder, _ = finished
+    weights = read(folder / "model_final.pth")["model"]
+    backbone = {k: v for k, v in weights.items() if k.startswith("backbone.")}
+    torch.save(backbone, tmp_path / "backbone.pth")
+    cfg = config.load_config(str(folder / "config.yaml"))
+    cfg.train.init_checkpoint = str(tmp_path / "backbone.pth")
+    LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
+    command = ["--config-file", str(tmp_path / "config.yaml"), "--eval-only"]
+    with pytest.raises(ValueError, match="no checkpoint in /.*/typo: evaluating .*=/.*backbone.pth: "):
+        train_net.main(train_net.arguments([*command, f"train.output_dir={tmp_path / 'typo'}"]))
+    log = (tmp_path / "typo" / "log.txt").read_text()
+    assert f"no checkpoint in {tmp_path / 'typo'}: evaluating train.init_checkpoint=" in log
+
+
+def test_eval_only_does_not_look_at_the_training_set(data, finished, tmp_path):
+    folder, _ = finished
+    shutil.copy(folder / "model_final.pth", tmp_path)
+    run(data, tmp_path, "--eval-only", "dataloader.train.mapper.image_format=BGR")
+    assert detections(tmp_path) == detections(folder)
 
 
 def test_eval_only_without_weights_says_what_to_pass(data, tmp_path):

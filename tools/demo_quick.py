@@ -9,6 +9,7 @@ it takes a few minutes. The same as ``train_net.py`` on that config, and picture
 
 import argparse
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ import train_net  # noqa: E402  (makes `sparse_detr` importable)
 from sparse_detr import config, engine, overlays  # noqa: E402
 
 PICTURES = 8
+OWN_FOLDER = "output/demo"
 
 
 def draw(output_dir: str) -> list[str]:
@@ -62,10 +64,13 @@ def table(results: dict[str, float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config-file", default="quick/sparse_detr_shapes", metavar="FILE")
-    parser.add_argument("--output-dir", default="output/demo", metavar="DIR")
+    parser.add_argument("--output-dir", metavar="DIR", help=f"default: {OWN_FOLDER}, emptied first")
     parser.add_argument("opts", nargs="*", help="config overrides, path.key=value")
     args = parser.parse_args()
 
+    if args.output_dir is None:
+        args.output_dir = OWN_FOLDER
+        shutil.rmtree(OWN_FOLDER, ignore_errors=True)  # a folder takes one run
     start = time.perf_counter()
     overrides = [f"train.output_dir={os.path.abspath(args.output_dir)}", *args.opts]
     command = ["--config-file", args.config_file, *overrides]

@@ -88,7 +88,7 @@ def test_counting_goes_on_after_a_resume(tmp_path, start):
     assert again.stopped and again.model.steps == 0
     more, _ = run(tmp_path, [9.0], start=8, patience=3)
     assert not more.stopped and best_weight(tmp_path) == -10
-    fresh, _ = run(tmp_path, [0.5] * 5)  # not resumed: a new run in the same folder
+    fresh, _ = run(tmp_path, [0.5] * 5)  # killed before its first checkpoint: from the start
     assert best_weight(tmp_path) == -2
 
 

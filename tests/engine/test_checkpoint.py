@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,6 +71,14 @@ def test_a_cut_checkpoint_falls_back_to_the_one_before(tmp_path, kept, caplog):
     with caplog.at_level("ERROR"):
         assert resumed(tmp_path) == 1
     assert "cannot read" in caplog.text and "model_0000019.pth" in caplog.text
+
+
+def test_the_checkpoint_that_is_resumed_is_read_once(tmp_path, monkeypatch):
+    save(tmp_path, "model_0000009", 1)
+    read, files = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda f, **kw: files.append(Path(f).name) or read(f, **kw))
+    assert resumed(tmp_path) == 1
+    assert files == ["model_0000009.pth"]
 
 
 def test_a_missing_tag_or_file_falls_back_as_well(tmp_path):

@@ -146,6 +146,43 @@ def test_a_drawn_seed_is_kept_by_checkpoints():
     assert first.seed == second.seed
 
 
+def resumed(state, **settings):
+    """A trainer with the optimizer's ``settings``, after it has loaded ``state``."""
+    model = Toy()
+    optimizer = torch.optim.SGD(model.parameters(), **{"lr": 1.0, **settings})
+    trainer = Trainer(
+        model=model, data_loader=itertools.repeat([entry()]), optimizer=optimizer, seed=1
+    )
+    trainer.load_state_dict(state)
+    return trainer
+
+
+def test_a_resumed_run_takes_the_optimizers_settings_from_the_config(caplog):
+    state = trained([[entry()]])[1].state_dict()
+    state["optimizer"]["param_groups"][0].update(lr=0.1, initial_lr=1.0)  # a schedule's
+    group = resumed(state).optimizer.param_groups[0]
+    assert (group["lr"], group["initial_lr"]) == (0.1, 1.0)
+    assert "other settings" not in caplog.text
+    assert "goes on with its own seed 0, not with train.seed=1" in caplog.text
+    group = resumed(state, lr=0.5, weight_decay=0.25).optimizer.param_groups[0]
+    assert (group["initial_lr"], group["weight_decay"]) == (0.5, 0.25)
+    assert "other settings of the optimizer: lr 1.0 -> 0.5, weight_decay 0 -> 0.25" in caplog.text
+
+
+def test_another_optimizer_cannot_resume():
+    state = trained([[entry()]])[1].state_dict()
+    state["optimizer"]["param_groups"] *= 2
+    with pytest.raises(ValueError, match="different number of parameter groups.*must be as before"):
+        resumed(state)
+    state = trained([[entry()]])[1].state_dict()
+    model = Toy()
+    trainer = Trainer(
+        model=model, data_loader=[], optimizer=torch.optim.AdamW(model.parameters()), seed=0
+    )
+    with pytest.raises(ValueError, match=r"\(it had no .*betas.*optimizer._target_"):
+        trainer.load_state_dict(state)
+
+
 def test_a_broken_image_and_broken_weights_are_pointed_out():
     def stopped(model, batch):
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)

@@ -124,6 +124,7 @@ def check_classes(num_classes: int, *names: str, expected: Sequence[str] | None 
         names: data sets in detectron2's catalog.
         expected: names of the classes in their order; None: those of the first data set.
     """
+    stored = expected is not None
     for name in names:
         classes = MetadataCatalog.get(name).get("thing_classes")
         if classes is None:
@@ -132,8 +133,13 @@ def check_classes(num_classes: int, *names: str, expected: Sequence[str] | None 
         if len(classes) != num_classes:
             raise UserError(
                 f"data set {name!r} has {len(classes)} classes ({shown}) "
-                f"but model.num_classes={num_classes}: pass model.num_classes={len(classes)}"
-            )
+                f"but model.num_classes={num_classes}: "
+                + (f"pass model.num_classes={len(classes)}" if expected is None else
+                   "give its JSON all the model's categories, in their order "
+                   f"({', '.join(expected[:5])}{', ...' * (len(expected) > 5)}); some may have no "
+                   "object")
+                + "; to train for the data's own, data.classes=null model.num_classes=null" * stored
+            )  # fmt: skip
         expected = list(classes) if expected is None else list(expected)
         if classes != expected:
             wrong = next(k for k, pair in enumerate(zip(classes, expected)) if len(set(pair)) > 1)

@@ -40,7 +40,8 @@ _TRAINING_ONLY = re.compile(r"transformer\.(denoising|encoder\.heads)\.")
 class Checkpointer(DetectionCheckpointer):
     """detectron2's checkpointer with atomic writes, fall-back on resume, and more file types.
 
-    ``class_names``, once set, is stored in every file, for ``Predictor``.
+    ``class_names``, once set, is stored in every file, for ``Predictor``, and compared with those
+    that a file holds: weights of other classes, or in another order, are fine-tuned or not used.
 
     Args:
         fine_tune: ``load`` is the start of a training: a backbone alone will do, and tensors with a
@@ -50,6 +51,7 @@ class Checkpointer(DetectionCheckpointer):
     """
 
     class_names: list[str] | None = None
+    _content: dict[str, Any] | None = None  # of the file that ``resume_or_load`` has read
 
     def __init__(
         self, model: nn.Module, save_dir: str = "", *, fine_tune: bool = False, **others: Any
@@ -94,7 +96,8 @@ class Checkpointer(DetectionCheckpointer):
         """Loads the newest readable checkpoint of the run if ``resume``, else ``path``'s weights.
 
         Raises:
-            ValueError: ``resume``, and none of the checkpoints that are there can be read.
+            ValueError: ``resume``, and none of the checkpoints that are there can be read, or the
+                newest is of another model, of other classes or of another kind of run.
         """
         if self.checkpointables and self.save_to_disk:  # left by a run that was killed
             for partial in glob.glob(os.path.join(glob.escape(self.save_dir), "*.pth.*.tmp")):
@@ -104,12 +107,15 @@ class Checkpointer(DetectionCheckpointer):
             return self.load(path, checkpointables=[])
         for candidate in candidates:
             try:
-                read_torch(candidate)
+                self._content = read_torch(candidate)
             except WeightsError as error:
                 self.logger.error("%s. Trying the checkpoint before it", error)
                 continue
             self.fine_tune = False
-            return self.load(candidate)
+            try:
+                return self.load(candidate)
+            except ValueError as error:
+                raise UserError(f"{candidate}: {error}") from error
         raise UserError(
             f"none of the checkpoints in {self.save_dir} can be read "
             f"({', '.join(map(os.path.basename, candidates))}): "
@@ -133,13 +139,16 @@ class Checkpointer(DetectionCheckpointer):
 
     def _candidates(self) -> list[str]:
         """Checkpoints to resume from: the tagged one, then the others from new to old."""
-        files = glob.glob(os.path.join(glob.escape(self.save_dir), "model_*.pth"))
-        files = [f for f in files if re.fullmatch(r"model_(\d+|final)\.pth", os.path.basename(f))]
-        files.sort(key=lambda f: (os.path.getmtime(f), f), reverse=True)
+        files = run_checkpoints(self.save_dir)[::-1]
         tagged = self.get_checkpoint_file()
         if tagged and os.path.isfile(tagged):
             files = [tagged] + [f for f in files if f != tagged]
         return files
+
+    def saved_before(self, iteration: int) -> list[str]:
+        """The run's numbered checkpoints up to an iteration, from old to new."""
+        numbers = {f: re.search(r"model_(\d+)\.pth$", f) for f in run_checkpoints(self.save_dir)}
+        return sorted(f for f, number in numbers.items() if number and int(number[1]) < iteration)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         for ending, read in _READERS.items():
@@ -148,7 +157,8 @@ class Checkpointer(DetectionCheckpointer):
         return super()._load_file(filename)
 
     def _torch_load(self, f: str) -> dict[str, Any]:
-        return read_torch(f)
+        content, self._content = self._content, None
+        return read_torch(f) if content is None else content
 
     def _load_model(self, checkpoint: dict[str, Any]):
         if self._weights_alone and "n_averaged" in checkpoint.get("model_ema", ()):
@@ -164,7 +174,8 @@ class Checkpointer(DetectionCheckpointer):
                 if done := adapt_classes(weights, self.model):
                     self.logger.warning(done)
             else:
-                self._check_shapes(weights)
+                self._check_shapes(weights, checkpoint.get("class_names"))
+            self._check_names(checkpoint.get("class_names"))
         if problem := resnet_mismatch(self.model, checkpoint.get("__author__")):
             self.logger.warning(problem)
         loaded = super()._load_model(checkpoint)
@@ -188,13 +199,15 @@ class Checkpointer(DetectionCheckpointer):
         origin = "torchvision" if "layer1.0.conv1.weight" in weights else None
         return backbone_names(weights, self.model) or weights, origin
 
-    def _check_shapes(self, weights: dict[str, Any]) -> None:
+    def _check_shapes(self, weights: dict[str, Any], names: list[str] | None) -> None:
         if changed := other_class_counts(weights, self.model):
             old, new = class_counts(changed)
             raise UserError(
-                f"the weights were trained for {old} classes, the model has {new}: pass "
-                f"model.num_classes={old} to evaluate or resume them as they are, or fine-tune "
-                "them first (train, without --resume)"
+                f"the weights were trained for {old} classes, the model has {new}: to evaluate or "
+                "resume them, give the data's JSON all the training set's categories, in their "
+                f"order{f' ({_shortened(names)})' if names else ''}; some may have no object. Or use "
+                "the config.yaml of their run; where classes are not read from a JSON, "
+                f"model.num_classes={old}. For other classes fine-tune them (train, without --resume)"
             )
         expected = self.model.state_dict()
         wrong = [
@@ -207,6 +220,25 @@ class Checkpointer(DetectionCheckpointer):
                 f"the weights are not the model's: {len(wrong)} tensors have other shapes "
                 f"({', '.join(sorted(wrong)[:3])}): use the config that they were trained with"
             )
+
+    def _check_names(self, trained: list[str] | None) -> None:
+        """Compares the classes of the data with those that the weights were ``trained`` for."""
+        names = self.class_names
+        if not names or not trained or len(names) != len(trained):
+            return  # another number is found by the shapes
+        first = next((k for k, (a, b) in enumerate(zip(names, trained)) if a != b), None)
+        if first is None:
+            return
+        differ = (
+            f"class {first} is {names[first]!r} in the data, {trained[first]!r} in the weights "
+            f"(data: {_shortened(names)}; weights: {_shortened(trained)})"
+        )
+        if not self.fine_tune:
+            raise UserError(
+                f"the weights were trained for other classes, or in another order: {differ}. Give "
+                "the JSON's categories the ids that put them in the weights' order"
+            )
+        self.logger.warning("fine-tuning for other classes, or in another order: %s", differ)
 
     def _check_missing(self, missing: set[str]) -> None:
         if not self.fine_tune:
@@ -222,6 +254,17 @@ class Checkpointer(DetectionCheckpointer):
                 "train.init_checkpoint: not one of its tensors fits the model, so training would "
                 "start from nothing; leave it empty if that is what you want"
             )
+
+
+def run_checkpoints(folder: str) -> list[str]:
+    """The files that a run can go on from, by their time of writing, the newest last."""
+    files = glob.glob(os.path.join(glob.escape(folder), "model_*.pth"))
+    files = [f for f in files if re.fullmatch(r"model_(\d+|final)\.pth", os.path.basename(f))]
+    return sorted(files, key=lambda f: (os.path.getmtime(f), f))
+
+
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ class Trainer(SimpleTrainer):
         max_grad_norm: gradients are clipped to this global L2 norm; None: not at all.
         grad_accumulation: number of equal parts that a process computes its batch in, one after
             the other; gradients add up to those of the whole batch, see ``part_of_batch``.
-        seed: non-negative; None draws one (the same in all processes), which checkpoints keep.
+        seed: non-negative; None draws one (the same in all processes). A resumed run keeps its own.
 
     Attributes:
         stopped: a hook has ended the run early.
@@ -81,6 +81,7 @@ class Trainer(SimpleTrainer):
         self.max_grad_norm = max_grad_norm
         self.grad_accumulation = grad_accumulation
         self.seed = comm.shared_random_seed() if seed is None else seed
+        self._seed_drawn = seed is None
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=amp == torch.float16)
         self.stopped = False
         self.steps = 0
@@ -88,8 +89,7 @@ class Trainer(SimpleTrainer):
     def train(self, start_iter: int, max_iter: int) -> None:
         """Runs iterations [start_iter, max_iter), or fewer if a hook raises ``StopTraining``."""
         self.steps = 0
-        sampler = getattr(self.data_loader, "batch_sampler", None)
-        if isinstance(sampler, TrainingBatchSampler):
+        if sampler := self._sampler:
             self._check_parts(sampler.total_batch_size // comm.get_world_size())
             sampler.seed, sampler.start_iter = self.seed, start_iter
         elif start_iter:
@@ -102,6 +102,11 @@ class Trainer(SimpleTrainer):
             self.stopped = True
             logger.info("training stops after %d of %d iterations: %s",
                         start_iter + self.steps, max_iter, reason)  # fmt: skip
+
+    @property
+    def _sampler(self) -> TrainingBatchSampler | None:
+        sampler = getattr(self.data_loader, "batch_sampler", None)
+        return sampler if isinstance(sampler, TrainingBatchSampler) else None
 
     def run_step(self) -> None:
         assert self.model.training, "the model was left in eval mode"
@@ -215,18 +220,73 @@ class Trainer(SimpleTrainer):
             "train.amp.enabled=False help when the data are sound."
         )
 
+    def _stream(self) -> tuple[int, int] | None:
+        """Total batch size and number of images: what an iteration and an epoch are."""
+        return (self._sampler.total_batch_size, self._sampler.size) if self._sampler else None
+
     def state_dict(self) -> dict:
         return {
             **super().state_dict(),
             "seed": self.seed,
+            "stream": self._stream(),
             "grad_scaler": self.grad_scaler.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
+        """Goes on where ``state_dict`` was taken, with this optimizer's settings and its own seed.
+
+        Raises:
+            ValueError: iterations or the optimizer's groups of parameters mean something else now.
+        """
+        stored, own = state_dict.get("stream"), self._stream()
+        if stored and own and tuple(stored) != own:
+            raise UserError(
+                "this run counts iterations in batches of {} out of {} images, but the config has "
+                "batches of {} out of {}: resume with the same data and "
+                "dataloader.train.total_batch_size={}, or start anew from its weights "
+                "(train.init_checkpoint=<this file>, another train.output_dir)".format(
+                    *stored, *own, stored[0]
+                )
+            )
+        settings = [_settings(group) for group in self.optimizer.param_groups]
+        try:
+            super().load_state_dict(state_dict)
+            self._put_back(settings)
+        except ValueError as error:  # torch's: it knows no config
+            raise UserError(
+                f"the optimizer is not the one that the run began with ({error}). To resume, these "
+                "must be as before: optimizer._target_, which parameters are trained, and which of "
+                "them share a learning rate and a weight decay (optimizer.params). Or start anew "
+                "from the weights (train.init_checkpoint=<this file>, another train.output_dir)"
+            ) from error
+        if state_dict["seed"] != self.seed and not self._seed_drawn:
+            logger.warning("the run goes on with its own seed %d, not with train.seed=%d",
+                           state_dict["seed"], self.seed)  # fmt: skip
         self.seed = state_dict["seed"]
         if state_dict["grad_scaler"]:  # empty if the earlier run did not scale
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+    def _put_back(self, settings: list[dict]) -> None:
+        """Undoes what loading did to the groups' settings; the log says where they differ."""
+        changes = {}
+        for group, own in zip(self.optimizer.param_groups, settings):
+            stored = _settings(group)
+            if missing := own.keys() - stored.keys():
+                raise ValueError(f"it had no {', '.join(sorted(missing))}")
+            for name in [name for name in own if own[name] != stored[name]]:
+                changes[f"{name} {stored[name]} -> {own[name]}"] = None
+                group[name] = own[name]
+                if name == "lr":  # the schedule starts from here
+                    group["initial_lr"] = own[name]
+        if changes:
+            logger.warning("the run goes on with other settings of the optimizer: %s",
+                           ", ".join(changes))  # fmt: skip
+
+
+def _settings(group: dict) -> dict:
+    """A parameter group's settings; its learning rate before the schedule's multiplier."""
+    settings = {name: value for name, value in group.items() if name not in ("params", "initial_lr")}
+    return {**settings, "lr": group.get("initial_lr", group["lr"])}
 
 
 def _name(entry: dict) -> str:

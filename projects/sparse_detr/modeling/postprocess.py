@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from detectron2.structures import Boxes, Instances
 import torch
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from .boxes import cxcywh_to_xyxy
