@@ -62,7 +62,7 @@ def _explained(read: Callable[[str], dict[str, Any]]) -> Callable[[str], dict[st
         except (UserError, MemoryError):
             raise
         except Exception as error:  # torch, pickle, numpy and zipfile each have their own
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         if not size:
             reason = "the file is empty"
         raise WeightsError(
