@@ -270,7 +270,7 @@ def run_all(todo: list[Job], folder: Path) -> int:
             print("  not run", flush=True)
             continue
         result, seconds, output = run(job.commands, folder)
-        if old := re.search(r"ValueError: (/.+) holds a run already", output):
+        if old := re.search(r"rror: (/.+) holds a run already", output):
             print("  again, without the run that the page shows before it", flush=True)
             shutil.rmtree(old[1])
             result, seconds, output = run(job.commands, folder)
