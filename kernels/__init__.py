@@ -9,7 +9,7 @@ from .functional import (
     ms_deform_attn,
     ms_deform_attn_fused,
 )
-from .reference import sampling_locations
+from .reference import level_sizes, sampling_locations
 
 __all__ = [
     "Status",
@@ -17,6 +17,7 @@ __all__ = [
     "fvcore_handles",
     "key_aware_deform_attn",
     "key_aware_weights",
+    "level_sizes",
     "ms_deform_attn",
     "ms_deform_attn_fused",
     "sampling_locations",

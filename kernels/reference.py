@@ -29,6 +29,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def level_sizes(shapes: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
+    """(L, 2) cells per level as (w, h), in the dtype and on the device of `like`."""
+    # A flat list: the export tracer keeps symbolic sizes in it, but not in nested ones.
+    flat = [size for height, width in shapes for size in (width, height)]
+    # Copied without waiting for the device, which torch.tensor(..., device=...) does.
+    return torch.tensor(flat, dtype=like.dtype).view(-1, 2).to(like.device, non_blocking=True)
+
+
 def sampling_locations(
     reference: Tensor, offsets: Tensor, shapes: Sequence[tuple[int, int]]
 ) -> Tensor:
@@ -51,12 +59,8 @@ def sampling_locations(
     rows = offsets.to(dtype).flatten(-2)  # (B, Q, M, L, P * 2)
     reference = reference.to(dtype)[:, :, None]  # (B, Q, 1, L, 2 or 4)
     if reference.shape[-1] == 2:
-        # A flat list: the export tracer keeps symbolic sizes in it, but not in nested ones. Copied
-        # without waiting for the device, which torch.tensor(..., device=...) does.
-        flat = [size for h, w in shapes for size in (w, h)]
-        size = torch.tensor(flat, dtype=dtype).view(-1, 2)  # (L, 2)
-        size = size.to(reference.device, non_blocking=True)
-        locations = torch.addcdiv(of_points(reference), rows, of_points(size))
+        sizes = level_sizes(shapes, reference)  # (L, 2)
+        locations = torch.addcdiv(of_points(reference), rows, of_points(sizes))
     else:
         centre, size = reference.split(2, dim=-1)
         locations = torch.addcmul(of_points(centre), rows, of_points(size / max(2 * points, 1)))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
 from .boxes import cxcywh_to_xyxy, giou
-from .layers import at_least_float32
+from .layers import at_least_float32, tensor_like
 from .matcher import HungarianMatcher, Matches, Target
 
 # (objects of this process's whole batch, number of parts) while a part of a batch is computed
@@ -143,7 +143,7 @@ class SetCriterion(nn.Module):
     @staticmethod
     def _num_boxes(num_objects: int, like: Tensor) -> Tensor:
         """Objects per process, averaged over all processes."""
-        count = torch.tensor(float(num_objects), dtype=like.dtype).to(like.device, non_blocking=True)
+        count = tensor_like(float(num_objects), like)
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(count)
             count = count / comm.get_world_size()

@@ -25,6 +25,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def tensor_like(values: float | Sequence, like: Tensor) -> Tensor:
+    """Numbers in the dtype and on the device of ``like``, without the wait of ``like.new_tensor``."""
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+
+
 def sine_code(x: Tensor, num_feats: int, temperature: float) -> Tensor:
     """Sines and cosines of an angle at ``num_feats / 2`` frequencies, interleaved.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .backbone import fold_frozen_norms
 from .boxes import xyxy_to_cxcywh
 from .criterion import SetCriterion
-from .layers import ChannelMapper
+from .layers import ChannelMapper, tensor_like
 from .matcher import Target
 from .postprocess import detections
 from .transformer import DetectionTransformer, TransformerOutput
@@ -148,8 +148,7 @@ class SetDetector(nn.Module):
             instances = entry["instances"].to(self.device)
             height, width = instances.image_size
             boxes = instances.gt_boxes.tensor.to(self.pixel_mean.dtype)
-            scale = torch.tensor([width, height, width, height], dtype=boxes.dtype)
-            boxes = boxes / scale.to(self.device, non_blocking=True)
+            boxes = boxes / tensor_like([width, height, width, height], boxes)
             targets.append(
                 Target(instances.gt_classes, xyxy_to_cxcywh(boxes), (height, width))
             )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from .boxes import cxcywh_to_xyxy
-from .layers import at_least_float32
+from .layers import at_least_float32, tensor_like
 
 
 def top_detections(logits: Tensor, boxes: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,8 +38,7 @@ def detections(logits: Tensor, boxes: Tensor, sizes: list[tuple[int, int]],
     for size, score, label, box in zip(sizes, *top_detections(logits, boxes, k)):
         height, width = size
         result = Instances(size)
-        scale = torch.tensor([width, height, width, height], dtype=box.dtype)
-        result.pred_boxes = Boxes(box * scale.to(box.device, non_blocking=True))
+        result.pred_boxes = Boxes(box * tensor_like([width, height, width, height], box))
         result.scores = score
         result.pred_classes = label
         results.append(result)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels import level_sizes
+
 LevelShapes = tuple[tuple[int, int], ...]
 
 
@@ -76,14 +78,6 @@ def flatten_levels(maps: Sequence[Tensor]) -> Tensor:
     if maps[0].dim() == 3:
         return torch.cat([m.flatten(1) for m in maps], dim=1)
     return torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
-
-
-def level_sizes(shapes: LevelShapes, like: Tensor) -> Tensor:
-    """(L, 2) cells per level as (w, h), in the dtype and on the device of ``like``."""
-    # A flat list: the export tracer keeps symbolic sizes in it, but not in nested ones.
-    flat = [size for height, width in shapes for size in (width, height)]
-    # Copied without waiting for the device, which torch.tensor(..., device=...) does.
-    return torch.tensor(flat, dtype=like.dtype).view(-1, 2).to(like.device, non_blocking=True)
 
 
 def valid_sizes(masks: Sequence[Tensor]) -> Tensor:

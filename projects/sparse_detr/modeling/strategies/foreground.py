@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import sigmoid_focal_loss
 
 from ..boxes import cxcywh_to_xyxy
-from ..layers import TokenScorer, at_least_float32
+from ..layers import TokenScorer, at_least_float32, tensor_like
 from ..tokens import LevelShapes, Tokens
 
 if TYPE_CHECKING:
@@ -118,6 +118,5 @@ def foreground_loss(logits: Tensor, targets: Tensor, mask: Tensor | None = None,
 
 def pixel_boxes(targets: Sequence[Target]) -> list[Tensor]:
     """Each image's boxes (G, 4) as xyxy in pixels of the network input."""
-    sizes = torch.tensor([[w, h, w, h] for h, w in (target.size for target in targets)])
-    sizes = sizes.to(targets[0].boxes.device, non_blocking=True)
+    sizes = tensor_like([[w, h, w, h] for h, w in (t.size for t in targets)], targets[0].boxes)
     return [cxcywh_to_xyxy(target.boxes * size) for target, size in zip(targets, sizes)]
