@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -390,9 +391,13 @@ def test_the_script_runs_by_itself(data, finished, tmp_path):
     assert detections(tmp_path) == detections(folder)
 
 
-def test_a_mistake_is_told_in_one_line(tmp_path):
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_mistake_is_told_in_one_line(processes, tmp_path):
     """A UserError; anything else keeps its traceback."""
     command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", TINY, "train.max_iters=3"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    command += ["--num-gpus", processes]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: override 'train.max_iters=3': the config has")
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and told[0].startswith("error: override 'train.max_iters=3': the config has")

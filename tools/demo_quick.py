@@ -25,6 +25,7 @@ from tabulate import tabulate  # noqa: E402
 
 import train_net  # noqa: E402  (makes `sparse_detr` importable)
 from sparse_detr import config, engine, overlays  # noqa: E402
+from sparse_detr.errors import told_in_one_line  # noqa: E402
 
 PICTURES = 8
 OWN_FOLDER = "output/demo"
@@ -83,4 +84,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_one_line():
+        main()

@@ -13,78 +13,18 @@ import math
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 from detectron2.utils import comm
 from PIL import Image
 
 from ..errors import UserError
+from .report import Report, is_id, listed, record_id
 
 logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 10.0
 _EXIF_ORIENTATION, _EXIF_TRANSPOSED = 0x0112, (5, 6, 7, 8)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """``what`` is the case with ``records`` (their names; none: with the file as a whole).
-
-    ``then`` says what is done about it, or what must be.
-    """
-
-    what: str
-    records: Sequence[str]
-    then: str
-    fatal: bool = False
-
-    def __str__(self) -> str:
-        if not self.records:
-            return f"{self.what}; {self.then}"
-        shown = _listed(self.records, limit=3)
-        return f"{self.what}: {len(self.records)} ({shown}); {self.then}"
-
-
-@dataclass
-class Report:
-    """What was found in one data set, and the parsed JSON."""
-
-    json_file: str
-    image_root: str
-    content: dict
-    findings: list[Finding] = field(default_factory=list)
-
-    def add(self, what: str, records: Iterable[object], then: str, *, fatal: bool = False) -> None:
-        """Keeps a finding if it concerns any record."""
-        records = [str(record) for record in records]
-        if records:
-            self.findings.append(Finding(what, records, then, fatal))
-
-    def fail(self, what: str, then: str) -> None:
-        """Keeps an error that concerns the file as a whole."""
-        self.findings.append(Finding(what, (), then, fatal=True))
-
-    @property
-    def errors(self) -> list[str]:
-        return [f"{self.json_file}: {finding}" for finding in self.findings if finding.fatal]
-
-    @property
-    def remarks(self) -> list[str]:
-        return [f"{self.json_file}: {finding}" for finding in self.findings if not finding.fatal]
-
-    def summary(self) -> str:
-        """Images, boxes per class, crowd regions and images without a box, in one line."""
-        annotations = self.content["annotations"]
-        boxes = Counter(_id(a, "category_id") for a in annotations if not a.get("iscrowd"))
-        filled = {_id(a, "image_id") for a in annotations if not a.get("iscrowd")}
-        empty = sum(_id(image) not in filled for image in self.content["images"])
-        classes = [f"{c.get('name')} {boxes[_id(c)]}" for c in self.content["categories"]]
-        return (
-            f"{self.json_file}: {len(self.content['images'])} images, {boxes.total()} boxes "
-            f"({_listed(classes, limit=20)}), {len(annotations) - boxes.total()} crowd regions, "
-            f"{empty} images without a box"
-        )
 
 
 def read_annotations(json_file: str) -> dict:
@@ -183,7 +123,7 @@ def check_coco(json_file: str, image_root: str, *, evaluated: bool = False) -> R
 def _check_categories(report: Report) -> None:
     categories = report.content["categories"]
     nameless = [
-        c for c in categories if _id(c) is None or not isinstance(c.get("name"), str) or not c["name"]
+        c for c in categories if record_id(c) is None or not isinstance(c.get("name"), str) or not c["name"]
     ]
     report.add(
         "categories without an id or a name", nameless, "add them, the name as a text", fatal=True
@@ -195,8 +135,8 @@ def _check_categories(report: Report) -> None:
         _repeated(c.get("name") for c in categories),
         "their APs are reported under one name",
     )
-    used = {_id(a, "category_id") for a in report.content["annotations"]}
-    unused = [c.get("name") for c in categories if _id(c) not in used]
+    used = {record_id(a, "category_id") for a in report.content["annotations"]}
+    unused = [c.get("name") for c in categories if record_id(c) not in used]
     report.add("classes without an annotation", unused, "they stay classes, and have no AP")
     if not categories:
         report.fail("there is no category", "name the classes that the annotations belong to")
@@ -205,7 +145,7 @@ def _check_categories(report: Report) -> None:
 def _check_images(report: Report) -> None:
     images = report.content["images"]
     for key, sound in (
-        ("id", _is_id),
+        ("id", is_id),
         ("file_name", lambda value: isinstance(value, str)),
         ("width", _is_size),
         ("height", _is_size),
@@ -229,7 +169,7 @@ def _check_annotations(report: Report) -> None:
     if all(a.get("iscrowd") for a in annotations):
         report.fail("there is no annotation", "nothing can be learned or measured")
     for key in ("id", "image_id", "category_id"):
-        lacking = [_annotation(a) for a in annotations if not _is_id(a.get(key))]
+        lacking = [_annotation(a) for a in annotations if not is_id(a.get(key))]
         report.add(f"annotations without a proper {key}", lacking, f"add the {key}", fatal=True)
     report.add(
         "annotation ids twice",
@@ -237,11 +177,11 @@ def _check_annotations(report: Report) -> None:
         "number them anew",
         fatal=True,
     )
-    images = {_id(i) for i in report.content["images"]}
+    images = {record_id(i) for i in report.content["images"]}
     as_text = {str(image) for image in images}
     lost, mistyped = [], []
     for a in annotations:
-        image = _id(a, "image_id")
+        image = record_id(a, "image_id")
         if image is not None and image not in images:
             (mistyped if str(image) in as_text else lost).append(_annotation(a))
     report.add("annotations of images that are not in the file", lost, "left out")
@@ -251,11 +191,11 @@ def _check_annotations(report: Report) -> None:
         "write both alike",
         fatal=True,
     )
-    known = {c["id"]: c.get("name") for c in report.content["categories"] if _id(c) is not None}
+    known = {c["id"]: c.get("name") for c in report.content["categories"] if record_id(c) is not None}
     unknown = [
         f"{_annotation(a)}: category {a['category_id']}"
         for a in annotations
-        if _id(a, "category_id") not in (None, *known)
+        if record_id(a, "category_id") not in (None, *known)
     ]
     listed = ", ".join(f"{key} {name}" for key, name in list(known.items())[:20])
     report.add("annotations of unknown categories", unknown, f"known are {listed}", fatal=True)
@@ -273,7 +213,7 @@ def _check_annotations(report: Report) -> None:
 
 def _check_boxes(report: Report, evaluated: bool) -> None:
     """Boxes are (x, y, width, height) in pixels of the image."""
-    sizes = {_id(i): (i.get("width"), i.get("height")) for i in report.content["images"]}
+    sizes = {record_id(i): (i.get("width"), i.get("height")) for i in report.content["images"]}
     broken, empty, outside, clipped = [], [], [], []
     objects, usable = [], 0  # boxes that are no crowd regions; how many of them reach training
     for annotation in report.content["annotations"]:
@@ -285,7 +225,7 @@ def _check_boxes(report: Report, evaluated: bool) -> None:
         if not annotation.get("iscrowd"):
             objects.append(box)
         x, y, width, height = box
-        size = sizes.get(_id(annotation, "image_id"), (None, None))
+        size = sizes.get(record_id(annotation, "image_id"), (None, None))
         if width <= 0 or height <= 0:
             empty.append(name)
         elif not all(map(_is_size, size)):
@@ -364,8 +304,8 @@ def _compare(train: Report, val: Report) -> None:
     names, others = _names(train.content), _names(val.content)
     if names != others:
         val.fail(
-            f"the classes in the order of their ids ({_listed(others)}) are not the training "
-            f"set's ({_listed(names)})",
+            f"the classes in the order of their ids ({listed(others)}) are not the training "
+            f"set's ({listed(names)})",
             "copy the training set's categories, and its ids into the annotations",
         )
     known = defaultdict(list)  # by name and size, which a copy keeps
@@ -384,13 +324,9 @@ def _compare(train: Report, val: Report) -> None:
 
 
 def _names(content: dict) -> list[str]:
-    categories = [c for c in content["categories"] if _is_id(c.get("id"))]
+    categories = [c for c in content["categories"] if is_id(c.get("id"))]
     ordered = sorted(categories, key=lambda c: (isinstance(c["id"], str), c["id"]))
     return [str(c.get("name")) for c in ordered]
-
-
-def _listed(names: Sequence[str], limit: int = 10) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 def _paths(report: Report) -> list[str]:
@@ -415,15 +351,6 @@ def _same_file(first: str, second: str) -> bool:
 def _repeated(values: Iterable[object]) -> list[object]:
     counts = Counter(value for value in values if isinstance(value, int | str))
     return [value for value, count in counts.items() if count > 1]
-
-
-def _is_id(value: object) -> bool:
-    return isinstance(value, int | str)
-
-
-def _id(record: dict, key: str = "id") -> int | str | None:
-    value = record.get(key)
-    return value if _is_id(value) else None
 
 
 def _is_size(value: object) -> bool:

@@ -12,6 +12,7 @@ import torch.distributed.nn  # before a group exists: its functions' defaults wo
 from detectron2.engine import launch as detectron2_launch
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
+from torch.multiprocessing import ProcessRaisedException
 
 from ..errors import UserError
 
@@ -36,10 +37,16 @@ def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespac
             )
         started = None
     if started is None:
-        detectron2_launch(
-            main, args.num_gpus, num_machines=args.num_machines, machine_rank=args.machine_rank,
-            dist_url=args.dist_url, args=(args,),
-        )  # fmt: skip
+        try:
+            detectron2_launch(
+                main, args.num_gpus, num_machines=args.num_machines, machine_rank=args.machine_rank,
+                dist_url=args.dist_url, args=(args,),
+            )  # fmt: skip
+        except ProcessRaisedException as error:  # it holds the process's traceback as text
+            told = re.search(rf"^{UserError.__module__}\.UserError: (.*)", error.msg, re.M | re.S)
+            if told is None:
+                raise
+            raise UserError(told[1].strip()) from None
         return
     os.environ.update(started)
     if torch.cuda.is_available():  # with one visible GPU per task, that one
