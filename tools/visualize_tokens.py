@@ -47,9 +47,6 @@ def main() -> None:
                         help="config overrides, path.key=value")
     args = parser.parse_args()
 
-    if not args.weights and not os.path.isdir(args.config_file):
-        print("warning: no --weights: the weights are random, the pictures show no learned choice",
-              file=sys.stderr)
     predict = Predictor(args.config_file, args.weights, overrides=args.opts,
                         threshold=args.threshold, keep_ratio=args.keep_ratio)
     os.makedirs(args.output, exist_ok=True)

@@ -24,6 +24,7 @@ from detectron2.modeling.backbone.swin import SwinTransformer
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
+from .errors import UserError
 from .modeling import SetDetector
 from .modeling.postprocess import top_detections
 
@@ -145,9 +146,8 @@ def _require(*packages: str) -> None:
         try:
             __import__(package)
         except ImportError as error:
-            raise ValueError(
-                f"ONNX export needs {package}, which is not installed: "
-                "pip install onnx onnxscript onnxruntime"
+            raise UserError(
+                f"{package} is not installed: pip install onnx onnxscript onnxruntime"
             ) from error
 
 
@@ -170,7 +170,7 @@ def _explained(detector: SetDetector, size: tuple[int, int], dynamic: bool) -> I
     """Why a model cannot be traced with free sizes, as one sentence with the way out."""
     if dynamic and isinstance(detector.backbone, SwinTransformer):
         # A trace would pass, and be wrong on other sizes without a word from onnxruntime.
-        raise ValueError(_refusal(detector, size, "its number of windows is computed in Python"))
+        raise UserError(_refusal(detector, size, "its number of windows is computed in Python"))
     try:
         yield
     except Exception as error:  # the tracers' own types are private and change with torch
@@ -178,7 +178,7 @@ def _explained(detector: SetDetector, size: tuple[int, int], dynamic: bool) -> I
             raise
         logger.debug("tracing with free sizes failed", exc_info=True)
         reason = next((x for x in str(error).splitlines() if x.strip()), type(error).__name__)
-        raise ValueError(_refusal(detector, size, reason[:200])) from error
+        raise UserError(_refusal(detector, size, reason[:200])) from error
 
 
 def _refusal(detector: SetDetector, size: tuple[int, int], reason: str) -> str:
