@@ -90,7 +90,7 @@ def find_images(inputs: list[str]) -> list[Path]:
         other = names.setdefault(path.name, path)
         if other != path:
             raise UserError(
-                f"{other} and {path} would be written under the same name: run the demo once per "
+                f"{other} and {path} would be written under the same name: call this once per "
                 "folder, with an --output for each"
             )
     return list(paths)
