@@ -12,6 +12,7 @@ and box coordinate (pixels) on random images; more than --tolerance is an error.
 
 import argparse
 import importlib.util
+import logging
 import os
 import sys
 import warnings
@@ -53,6 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # "Skipping constant folding", per layer
     predict = Predictor(args.run or args.config_file, args.weights, overrides=args.opts,
                         device="cpu", keep_ratio=args.keep_ratio)
     metadata = {"classes": predict.class_names, **predict.resizing}

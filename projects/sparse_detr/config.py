@@ -41,7 +41,7 @@ def list_configs() -> list[str]:
 
 def get_config(name: str, overrides: Iterable[str] = ()) -> DictConfig:
     """Loads a shipped config by name, with or without ".py"; ``overrides`` read "a.b=c"."""
-    return load_config(config_path(name), overrides)
+    return load_config(name, overrides)
 
 
 def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> DictConfig:

@@ -60,7 +60,7 @@ def export_program(detector: SetDetector, size: tuple[int, int] = (480, 640), *,
         dynamic: leave height and width free; otherwise only ``size`` can be run.
 
     Raises:
-        ValueError: the model cannot be traced with free height and width.
+        ValueError: the model cannot be traced with free height and width, or not with this ``size``.
     """
     module, image = TensorDetector(detector), _example(detector, size)
     free = {"image": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}}
@@ -171,6 +171,13 @@ def _explained(detector: SetDetector, size: tuple[int, int], dynamic: bool) -> I
     if dynamic and isinstance(detector.backbone, SwinTransformer):
         # A trace would pass, and be wrong on other sizes without a word from onnxruntime.
         raise UserError(_refusal(detector, size, "its number of windows is computed in Python"))
+    stride = _coarsest_stride(detector)
+    if dynamic and min(size) <= stride:
+        # A level one token high or wide stays so in the trace: it fails, or is wrong, on other sizes.
+        raise UserError(
+            f"size={size[0]}x{size[1]}: to leave height and width free, trace with both above {stride}, "
+            "the stride of the coarsest level"
+        )
     try:
         yield
     except Exception as error:  # the tracers' own types are private and change with torch
@@ -179,6 +186,12 @@ def _explained(detector: SetDetector, size: tuple[int, int], dynamic: bool) -> I
         logger.debug("tracing with free sizes failed", exc_info=True)
         reason = next((x for x in str(error).splitlines() if x.strip()), type(error).__name__)
         raise UserError(_refusal(detector, size, reason[:200])) from error
+
+
+def _coarsest_stride(detector: SetDetector) -> int:
+    neck = detector.neck
+    stride = detector.backbone.output_shape()[detector.in_features[-1]].stride
+    return stride << (len(neck.convs) - neck.num_inputs)  # each extra level halves the one before
 
 
 def _refusal(detector: SetDetector, size: tuple[int, int], reason: str) -> str:
