@@ -104,4 +104,7 @@ def test_frozen_norms_in_the_weights_change_nothing(training):
         if parameter.grad is None:
             assert gradients[name].grad is None
         else:
-            torch.testing.assert_close(gradients[name].grad, parameter.grad, rtol=1e-7, atol=1e-9)
+            scale = float(parameter.grad.abs().max())  # up to 1e4: rounding is relative to it
+            torch.testing.assert_close(
+                gradients[name].grad, parameter.grad, rtol=0, atol=1e-10 * scale
+            )
