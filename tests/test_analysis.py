@@ -9,6 +9,7 @@ from detectron2.config import instantiate
 
 from sparse_detr.analysis import analyze
 from sparse_detr.config import get_config
+from sparse_detr.errors import UserError
 from sparse_detr.kernels import functional
 
 from .modeling.tiny import tiny_model
@@ -92,6 +93,12 @@ def test_the_tool_prints_a_table_and_writes_json(tmp_path, capsys, monkeypatch):
     assert found["config"] == "quick/deformable_detr_shapes" and found["size"] == [64, 96]
     assert f"{found['total']['macs'] / 1e9:.3f}" in printed and "transformer.encoder" in printed
     assert {m["name"] for m in found["modules"]} >= {"", "backbone", "transformer.decoder"}
+
+
+def test_the_tool_asks_for_the_classes_of_own_data(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["analyze_model.py", "--config-file", "custom/sparse_detr_r50"])
+    with pytest.raises(UserError, match="model.num_classes is not known"):
+        tool.main()
 
 
 @pytest.mark.slow

@@ -13,6 +13,12 @@ def benchmark(*arguments: str) -> subprocess.CompletedProcess:
                           capture_output=True, text=True, timeout=300)
 
 
+def test_help_of_both_commands():
+    for command, flag in (("op", "--kinds"), ("model", "--size")):
+        done = benchmark(command, "--help")
+        assert done.returncode == 0 and flag in done.stdout, done.stderr
+
+
 def test_operators_and_a_peer(tmp_path):
     peer = tmp_path / "peer.py"
     peer.write_text(

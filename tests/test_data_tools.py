@@ -14,6 +14,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from sparse_detr.data import generate_shapes, register_coco
+from sparse_detr.errors import UserError
 from sparse_detr.visualize import draw_input
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +43,7 @@ def test_check_data_tells_sound_from_broken(data, tmp_path, monkeypatch, capsys)
     coco = json.loads((data / "train.json").read_text())
     coco["images"][0]["file_name"] = "gone.png"
     (tmp_path / "broken.json").write_text(json.dumps(coco))
-    with pytest.raises(SystemExit, match=r"missing image files: 1 \(gone.png\)"):
+    with pytest.raises(UserError, match=r"missing image files: 1 \(gone.png\)"):
         call(monkeypatch, "check_data", tmp_path / "broken.json", data / "train")
     with pytest.raises(SystemExit):
         call(monkeypatch, "check_data", *train, data / "val.json")

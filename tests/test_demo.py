@@ -1,9 +1,12 @@
 """tools/demo.py: what it reads, draws and writes."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
+import cv2
 import numpy as np
 import pytest
 from detectron2.config import LazyConfig
@@ -11,6 +14,7 @@ from PIL import Image
 
 import sparse_detr
 from sparse_detr.engine import Checkpointer
+from sparse_detr.errors import UserError
 
 from .modeling.tiny import shrink
 
@@ -49,7 +53,7 @@ def test_a_folder_becomes_pictures_and_coco_json(run_folder, images, tmp_path, c
     found, pictures = tmp_path / "found.json", tmp_path / "pictures"
     arguments = ["--run", str(run_folder), "--input", str(images), "--output", str(pictures),
                  "--json", str(found), "--threshold", "0", "--device", "cpu", "--keep-ratio", "0.5"]
-    assert demo.main(arguments) == 0
+    demo.main(arguments)
     assert "in 2 images" in capsys.readouterr().out
     assert sorted(p.name for p in pictures.iterdir()) == ["a.png", "b.jpg"]
     assert Image.open(pictures / "a.png").size == (60, 40)
@@ -71,7 +75,7 @@ def test_the_json_alone_writes_no_picture(run_folder, images, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     arguments = ["--run", str(run_folder), "--input", str(images / "*.png"), "--json", "found.json",
                  "--confidence-threshold", "0.999", "--device", "cpu"]
-    assert demo.main(arguments) == 0
+    demo.main(arguments)
     coco = json.loads(Path("found.json").read_text())
     assert [x["file_name"] for x in coco["images"]] == ["a.png"] and coco["annotations"] == []
     assert not Path("output").exists()
@@ -80,44 +84,85 @@ def test_the_json_alone_writes_no_picture(run_folder, images, tmp_path, monkeypa
 def test_inputs_are_found_once_and_missing_ones_are_named(images, tmp_path):
     everything = demo.find_images([str(images / "b.jpg"), str(images)])
     assert [p.name for p in everything] == ["b.jpg", "a.png"]
-    with pytest.raises(ValueError, match="--input nowhere: no such file"):
+    with pytest.raises(UserError, match="--input nowhere: no such file"):
         demo.find_images(["nowhere"])
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="same name"):
+    with pytest.raises(UserError, match="same name"):
         demo.find_images([str(images), str(tmp_path / "a.png")])
 
 
-def test_a_video_becomes_a_video(run_folder, tmp_path, capsys):
-    cv2 = pytest.importorskip("cv2")
-    path, found = tmp_path / "film.avi", tmp_path / "found.json"
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))
+@pytest.fixture
+def film(tmp_path):
+    writer = cv2.VideoWriter(
+        str(tmp_path / "film.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 5, (64, 48))
     for index in range(3):
         writer.write(np.full((48, 64, 3), 80 * index, np.uint8))
     writer.release()
-    arguments = ["--run", str(run_folder), "--video-input", str(path), "--output", str(tmp_path),
+    return tmp_path / "film.mp4"
+
+
+def test_a_video_becomes_a_video(run_folder, film, tmp_path):
+    output, found = tmp_path / "drawn", tmp_path / "found.json"
+    arguments = ["--run", str(run_folder), "--video-input", str(film), "--output", str(output),
                  "--json", str(found), "--device", "cpu"]
-    assert demo.main(arguments) == 0
-    drawn = cv2.VideoCapture(str(tmp_path / "film.mp4"))
+    demo.main(arguments)
+    drawn = cv2.VideoCapture(str(output / "film.mp4"))
     assert drawn.get(cv2.CAP_PROP_FRAME_COUNT) == 3 and drawn.get(cv2.CAP_PROP_FRAME_WIDTH) == 64
     names = [x["file_name"] for x in json.loads(found.read_text())["images"]]
-    assert names == [f"film.avi/{i:06d}" for i in range(3)]
-    assert demo.main([*arguments[:2], "--video-input", str(tmp_path / "none.mp4")]) == 1
-    assert "not a video that OpenCV can read" in capsys.readouterr().err
+    assert names == [f"film.mp4/{i:06d}" for i in range(3)]
 
 
-def test_an_error_is_one_sentence(images, tmp_path, capsys):
-    assert demo.main(["--run", str(tmp_path), "--input", str(images)]) == 1
-    assert capsys.readouterr().err.startswith("error: ")
+def test_a_video_is_neither_overwritten_nor_left_out_silently(run_folder, film, tmp_path, monkeypatch):
+    command = ["--run", str(run_folder), "--device", "cpu", "--video-input"]
+    content = film.read_bytes()
+    with pytest.raises(UserError, match=r"would overwrite the input .*film\.mp4"):
+        demo.main([*command, str(film), "--output", str(film.parent)])
+    assert film.read_bytes() == content
+    for name in ("none.mp4", "empty.mp4"):
+        (tmp_path / "empty.mp4").touch()
+        with pytest.raises(UserError, match=f"{name}: not a video that OpenCV can read"):
+            demo.main([*command, str(tmp_path / name), "--output", str(tmp_path / "drawn")])
+    (tmp_path / "drawn" / "film.mp4").mkdir()  # stands for a folder or codec that refuses
+    with pytest.raises(UserError, match=r"film\.mp4: OpenCV cannot write a video"):
+        demo.main([*command, str(film), "--output", str(tmp_path / "drawn")])
 
 
-def test_inputs_are_never_overwritten_and_broken_ones_are_skipped(run_folder, images, tmp_path, capsys):
+def test_what_was_found_before_an_interruption_is_written(run_folder, images, tmp_path, monkeypatch):
+    found = tmp_path / "found.json"
+    monkeypatch.setattr(demo.Image.Image, "save", mock.Mock(side_effect=[None, KeyboardInterrupt]))
+    with pytest.raises(KeyboardInterrupt):
+        demo.main(["--run", str(run_folder), "--input", str(images), "--device", "cpu",
+                   "--output", str(tmp_path / "drawn"), "--json", str(found)])
+    assert [x["file_name"] for x in json.loads(found.read_text())["images"]] == ["a.png", "b.jpg"]
+
+
+def test_an_error_is_one_sentence(images, tmp_path):
+    command = [sys.executable, demo.__file__, "--run", str(tmp_path), "--input", str(images)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_inputs_are_never_overwritten_and_broken_ones_are_skipped(
+    run_folder, images, tmp_path, capsys, monkeypatch
+):
     command = ["--run", str(run_folder), "--input", str(images), "--device", "cpu"]
-    assert demo.main([*command, "--output", str(images)]) == 1
-    assert "would overwrite the input" in capsys.readouterr().err
+    with pytest.raises(UserError, match="would overwrite the input"):
+        demo.main([*command, "--output", str(images)])
     (images / "broken.jpg").write_bytes(b"no image")
-    assert demo.main([*command, "--json", str(tmp_path / "found.json")]) == 0
-    assert "skipped" in capsys.readouterr().err
-    assert len(json.loads((tmp_path / "found.json").read_text())["images"]) > 0
+    Image.new("L", (200, 100)).save(images / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9000)  # twice that is refused
+    demo.main([*command, "--json", str(tmp_path / "found.json")])
+    skipped = capsys.readouterr().err
+    assert f"skipped {images / 'broken.jpg'}" in skipped and f"skipped {images / 'huge.png'}" in skipped
+    assert len(json.loads((tmp_path / "found.json").read_text())["images"]) == 2
+
+
+def test_pictures_of_files_that_pil_cannot_write_are_png(run_folder, images, tmp_path):
+    (images / "b.jpg").rename(images / "b.jpg.part")
+    demo.main(["--run", str(run_folder), "--input", str(images / "*"), "--device", "cpu",
+               "--output", str(tmp_path / "drawn")])
+    assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["a.png", "b.jpg.part.png"]
 
 
 def test_the_quick_demo_can_be_repeated(tmp_path, monkeypatch, capsys):

@@ -133,6 +133,11 @@ def test_a_model_that_needs_a_fixed_size_says_so(monkeypatch):
     assert export.export_program(model("dino"), TRACED, dynamic=False)
 
 
+def test_a_trace_for_all_sizes_needs_levels_of_more_than_a_token():
+    with pytest.raises(ValueError, match="size=32x160: .* both above 32"):
+        export.export_program(model("sparse"), (32, 160))
+
+
 def test_swin_needs_a_fixed_size():
     cfg = shrink(get_config("sparse_detr/sparse_detr_swint_30_50ep").model)
     cfg.backbone = L(build_swin)(embed_dim=24, depths=[1, 1, 1, 1], num_heads=[2, 2, 2, 2])

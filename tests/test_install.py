@@ -317,13 +317,31 @@ def test_report_names_what_is_missing_and_the_fix(monkeypatch, capsys):
     assert f"fix: {sys.executable} -m pip install 'pycocotools>=2.0.6'" in output
 
 
-def test_report_without_a_compiler(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
+def test_report_on_an_op_that_cannot_be_built(monkeypatch):
+    from sparse_detr import kernels
+
+    reason = "no C++ compiler (c++ is not on the PATH): install g++, or set CXX"
+    unbuilt = kernels.Status("reference", reason)
+    monkeypatch.setattr(kernels, "status", lambda device_type, *, load: unbuilt)
+    report = check_install.Report()
+    check_install.check_package(report)
+    assert reason in report.problems[0]["what"] and report.ok
+
+
+def test_report_finds_the_tools_that_the_build_finds(tmp_path, monkeypatch):
+    """A compiler behind a wrapper, and the nvcc of a CUDA_HOME that is not on the PATH."""
+    monkeypatch.setenv("CXX", "ccache g++")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    (tmp_path / "cuda" / "bin").mkdir(parents=True)
+    for tool, does in (
+        ("ccache", '"$@"'), ("g++", "echo g++ 12.2"), ("cuda/bin/nvcc", "echo release 13.0, V13"),
+    ):
+        (tmp_path / tool).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / tool).chmod(0o755)
     report = check_install.Report()
     check_install.check_build_tools(report)
-    (problem,) = report.problems
-    assert "no-such-compiler" in problem["what"] and not problem["required"]
-    assert report.ok
+    assert [row[:2] for row in report.rows] == [("compiler", "g++ 12.2"), ("nvcc", "13.0")]
 
 
 def test_report_on_an_outdated_package(monkeypatch):

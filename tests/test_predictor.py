@@ -1,5 +1,8 @@
 """Predictor and the package's public names."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -118,6 +121,7 @@ def test_mixed_precision(run_folder):
 @pytest.mark.parametrize(("image", "message"), [
     (np.zeros((5, 5), np.uint8), r"\(H, W, 3\).*\(5, 5\)"),
     (np.zeros((5, 5, 3), np.float32), "uint8.*float32"),
+    (np.zeros((5, 0, 3), np.uint8), r"shape \(5, 0, 3\)"),  # such as a crop outside the image
     (None, "NoneType; cv2.imread returns None"),
     ("image.jpg", "numpy array, got str"),
     (torch.zeros(3, 5, 5), "numpy array, got Tensor"),
@@ -125,6 +129,36 @@ def test_mixed_precision(run_folder):
 def test_wrong_input_is_named(run_folder, image, message):
     with pytest.raises(ValueError, match=message):
         sparse_detr.Predictor(str(run_folder), device="cpu")(image)
+
+
+def test_a_loaded_config_takes_overrides_and_stays_as_it_is():
+    cfg = shrunk(sparse_detr.get_config("custom/sparse_detr_r50"), num_classes=None)
+    overrides = ["model.num_classes=2", "model.max_detections=4"]
+    predict = sparse_detr.Predictor(cfg, overrides=overrides, device="cpu")
+    model = sparse_detr.build_model(cfg, overrides=overrides, device="cpu")
+    for one in (predict.model, model):
+        assert (one.num_classes, one.max_detections) == (2, 4)
+    assert cfg.model.num_classes is None and predict.cfg.model.num_classes == 2
+    with pytest.raises(ValueError, match="Did you mean model.max_detections"):
+        sparse_detr.build_model(cfg, overrides=["model.max_detection=4"], device="cpu")
+
+
+def test_a_run_is_its_folder_by_name_or_path(run_folder):
+    predict = sparse_detr.Predictor(str(run_folder), device="cpu")
+    weights = predict.model.transformer.heads.class_heads[0].weight
+    for config, file in (
+        (Path(run_folder), ""), (run_folder / "config.yaml", run_folder / "model_final.pth"),
+    ):
+        model = sparse_detr.build_model(config, file, device="cpu")
+        assert torch.equal(model.transformer.heads.class_heads[0].weight, weights)
+    assert sparse_detr.Predictor(Path(os.path.relpath(run_folder)), device="cpu").class_names[0] == "cat"
+
+
+def test_random_weights_are_noted(run_folder, caplog):
+    sparse_detr.Predictor(str(run_folder), device="cpu")
+    assert "random" not in caplog.text
+    sparse_detr.Predictor(str(run_folder / "config.yaml"), device="cpu")
+    assert "no weights are given: they are random" in caplog.text
 
 
 def test_what_cannot_be_a_predictor_is_named(run_folder, tmp_path):

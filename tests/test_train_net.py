@@ -1,6 +1,5 @@
 """The whole path: train_net.py on a small Deformable DETR and generated images."""
 
-import json
 import logging
 import os
 import shutil
@@ -18,6 +17,8 @@ sys.path.insert(0, str(ROOT))
 
 import train_net  # noqa: E402
 from sparse_detr import config, engine  # noqa: E402
+
+from .run_files import detections, metrics, read, same  # noqa: E402
 
 TINY = str(ROOT / "tests" / "engine" / "tiny_shapes.py")  # six iterations
 
@@ -62,33 +63,6 @@ def finished(data, tmp_path_factory):
     """A finished run: its folder and the results it returned."""
     folder = tmp_path_factory.mktemp("run")
     return folder, run(data, folder)
-
-
-def metrics(folder):
-    rows = {}
-    for line in (folder / "metrics.json").read_text().splitlines():
-        row = json.loads(line)
-        rows.setdefault(row["iteration"], {}).update(row)
-    return rows
-
-
-def same(first, second):
-    """Bitwise equality of nested checkpoint contents."""
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(same, first, second))
-    return first == second
-
-
-def read(path):
-    return torch.load(path, weights_only=True)
-
-
-def detections(folder):
-    return json.loads((folder / "inference" / "coco_instances_results.json").read_text())
 
 
 def test_a_run_leaves_what_detectron2_users_look_for(finished):

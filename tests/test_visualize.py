@@ -42,6 +42,15 @@ def test_ground_truth_is_drawn_where_it_is():
     assert abs(x0 - 20) <= 4 and abs(y0 - 24) <= 4 and x1 >= 56 and y1 >= 52
 
 
+def test_annotations_with_and_without_masks_are_drawn_by_their_boxes():
+    """As annotation tools export rectangles beside polygons."""
+    box = {"bbox": [10, 12, 20, 16], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1}
+    mask = {**box, "segmentation": [[10, 12, 30, 12, 30, 28]], "keypoints": [11, 13, 2]}
+    both = draw_ground_truth(IMAGE, {"annotations": [mask, box]}, METADATA)
+    assert (both != IMAGE).any()
+    assert (draw_ground_truth(IMAGE, {"file_name": "no annotations"}, METADATA) == IMAGE).all()
+
+
 def test_pictures_of_unlike_heights_stand_side_by_side():
     row = side_by_side([IMAGE, IMAGE[:10, :10]], gap=2)
     assert row.shape == (40, 72, 3) and (row[20, 65] == 255).all() and (row[:, 60:62] == 255).all()

@@ -46,6 +46,7 @@ def main() -> None:
     args = parser.parse_args()
 
     cfg = config.load_config(args.config_file, args.opts)
+    config.resolve_classes(cfg)
     analysis = analyze(instantiate(cfg.model), args.size)
     print(*[args.config_file, *args.opts], "at {}x{}, one image\n".format(*args.size))
     print(analysis.table(args.depth))

@@ -53,7 +53,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     common.add_argument("--json", metavar="FILE", help="write every measurement there")
     op = commands.add_parser("op", parents=[common], help="deformable attention")
     op.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, metavar="KIND",
-                    help=f"which queries: {', '.join(KINDS)} (default: all)")
+                    help=f"which queries: {', '.join(KINDS)} (default: all)".replace("%", "%%"))
     op.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     op.add_argument("--scale", type=float, default=1.0, help="shrink the maps' sides (for a trial)")
     op.add_argument("--compile", action="store_true", help="torch.compile the formulation as well")
@@ -78,8 +78,6 @@ def machine(device: str) -> dict[str, str]:
     if info.exists():
         names = [x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x]
         found["processor"] = f"{names[0]}, {len(names)} logical cores" if names else platform.machine()
-    if hasattr(os, "getloadavg"):
-        found["load before"] = f"{os.getloadavg()[0]:.2f}"
     if device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
         found["cuda"] = str(torch.version.cuda)
@@ -152,13 +150,15 @@ def benchmark_models(args: argparse.Namespace) -> tuple[str, list[dict]]:
 
 def main() -> None:
     args = arguments()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     table, records = (benchmark_ops if args.command == "op" else benchmark_models)(args)
-    about = machine(args.device)
+    about = {**machine(args.device), "load before": f"{load:.2f}"}
     print(" · ".join(f"{k} {v}" for k, v in about.items()), "\n")
     print(table)
     if args.json:
         Path(args.json).write_text(json.dumps(
-            {"machine": about, "arguments": vars(args), "results": records}, indent=1))
+            {"machine": about, "arguments": {k: v for k, v in vars(args).items() if k != "json"},
+             "results": records}, indent=1))
 
 
 if __name__ == "__main__":

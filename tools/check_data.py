@@ -21,6 +21,7 @@ if importlib.util.find_spec("sparse_detr") is None:  # run from a checkout that 
 from detectron2.utils.logger import setup_logger  # noqa: E402
 
 from sparse_detr.data import check_data  # noqa: E402
+from sparse_detr.errors import told_in_one_line  # noqa: E402
 
 
 def main() -> None:
@@ -34,12 +35,10 @@ def main() -> None:
     if len(args.val) not in (0, 2):
         parser.error("a validation set is two arguments: its JSON file and its image folder")
     setup_logger(name="sparse_detr")
-    try:
-        check_data((args.annotations, args.images), tuple(args.val) or None)
-    except ValueError as error:
-        sys.exit(str(error))
+    check_data((args.annotations, args.images), tuple(args.val) or None)
     print("no problem found that must be mended")
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_one_line():
+        main()

@@ -14,6 +14,7 @@ import argparse
 import glob
 import importlib.util
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -23,12 +24,14 @@ warnings.filterwarnings("ignore", message=r"`torch\.jit\.")  # detectron2's impo
 if importlib.util.find_spec("sparse_detr") is None:  # run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "projects"))
 
+import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 from detectron2.data.detection_utils import read_image  # noqa: E402
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json  # noqa: E402
 from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from sparse_detr.errors import UserError, told_in_one_line  # noqa: E402
 from sparse_detr.predictor import Predictor  # noqa: E402
 from sparse_detr.visualize import draw_detections  # noqa: E402
 
@@ -66,7 +69,7 @@ def find_images(inputs: list[str]) -> list[Path]:
     """The images among files, folders and globs, in order, each once.
 
     Raises:
-        ValueError: one of ``inputs`` holds no image, or two images would get the same name.
+        UserError: one of ``inputs`` holds no image, or two images would get the same name.
     """
     paths: dict[Path, None] = {}
     for entry in inputs:
@@ -77,7 +80,7 @@ def find_images(inputs: list[str]) -> list[Path]:
         else:
             found = [Path(p) for p in sorted(glob.glob(entry, recursive=True)) if Path(p).is_file()]
         if not found:
-            raise ValueError(
+            raise UserError(
                 f"--input {entry}: no such file or glob, or no image in that folder "
                 f"({' '.join(sorted(EXTENSIONS))})"
             )
@@ -86,64 +89,76 @@ def find_images(inputs: list[str]) -> list[Path]:
     for path in paths:
         other = names.setdefault(path.name, path)
         if other != path:
-            raise ValueError(
-                f"{other} and {path} would be written under the same name: run the demo once per "
+            raise UserError(
+                f"{other} and {path} would be written under the same name: call this once per "
                 "folder, with an --output for each"
             )
     return list(paths)
 
 
-def run_images(predict: Predictor, paths: list[Path], output: Path | None,
+def drawings(images: list[Path], video: Path | None, output: Path) -> dict[Path, Path]:
+    """Where what is drawn of each input goes, in a format that PIL and OpenCV write.
+
+    Raises:
+        UserError: that is the input itself.
+    """
+    targets = {
+        path: output / (path.name + ".png" * (path.suffix.lower() not in EXTENSIONS))
+        for path in images
+    }
+    if video is not None:
+        targets[video] = output / f"{video.stem}.mp4"
+    for path, target in targets.items():
+        if target.resolve() == path.resolve():
+            raise UserError(f"--output {output} would overwrite the input {path}: take another")
+    return targets
+
+
+def run_images(predict: Predictor, paths: list[Path], targets: dict[Path, Path],
                results: Results) -> None:
     for path in tqdm(paths, unit="image"):
         try:
             image = read_image(str(path), "BGR")
-        except OSError as error:
+        except (OSError, Image.DecompressionBombError) as error:
             tqdm.write(f"skipped {path}: {error}", file=sys.stderr)
             continue
         instances = predict(np.ascontiguousarray(image))["instances"]
         results.add(path.name, instances)
-        if output is not None:
+        if path in targets:
             rgb = np.ascontiguousarray(image[:, :, ::-1])
             picture = draw_detections(rgb, instances, predict.metadata, threshold=predict.threshold)
-            Image.fromarray(picture).save(output / path.name)
+            Image.fromarray(picture).save(targets[path])
 
 
-def run_video(predict: Predictor, path: Path, output: Path | None, results: Results) -> None:
+def run_video(predict: Predictor, path: Path, target: Path | None, results: Results) -> None:
     """Frame by frame; the frames are named ``<video>/000000`` and so on in the results."""
-    try:
-        import cv2
-    except ImportError as error:
-        raise ValueError(
-            "--video-input needs OpenCV: pip install opencv-python-headless"
-        ) from error
-    video = cv2.VideoCapture(str(path))
-    if not video.isOpened():
-        raise ValueError(f"--video-input {path}: not a video that OpenCV can read")
-    writer = None
+    video, writer = cv2.VideoCapture(str(path)), None
 
     def frames() -> Iterator[np.ndarray]:
-        while True:
-            more, frame = video.read()
-            if not more:
-                return
+        more, frame = video.read()
+        if not more:
+            raise UserError(f"--video-input {path}: not a video that OpenCV can read")
+        while more:
             yield frame
+            more, frame = video.read()
 
     total = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
     try:
         for index, frame in enumerate(tqdm(frames(), total=max(total, 0) or None, unit="frame")):
             instances = predict(frame)["instances"]
             results.add(f"{path.name}/{index:06d}", instances)
-            if output is None:
+            if target is None:
                 continue
             picture = draw_detections(
                 frame[:, :, ::-1], instances, predict.metadata, threshold=predict.threshold
             )
             if writer is None:
                 writer = cv2.VideoWriter(
-                    str(output / f"{path.stem}.mp4"), cv2.VideoWriter_fourcc(*"mp4v"),
+                    str(target), cv2.VideoWriter_fourcc(*"mp4v"),
                     video.get(cv2.CAP_PROP_FPS) or 25.0, picture.shape[1::-1],
                 )
+                if not writer.isOpened():
+                    raise UserError(f"{target}: OpenCV cannot write a video (codec mp4v) there")
             writer.write(np.ascontiguousarray(picture[:, :, ::-1]))
     finally:
         video.release()
@@ -178,40 +193,34 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    try:
-        paths = find_images(args.input)
-        if args.config_file and not args.weights and not Path(args.config_file).is_dir():
-            print("warning: no --weights: the weights are random", file=sys.stderr)
-        predict = Predictor(
-            args.run or args.config_file, args.weights, overrides=args.opts, device=args.device,
-            threshold=args.threshold, keep_ratio=args.keep_ratio,
-        )
-        output = None
-        if args.output or not args.json:
-            output = Path(args.output or "output/pictures")
-            output.mkdir(parents=True, exist_ok=True)
-        for path in paths:
-            if output is not None and (output / path.name).resolve() == path.resolve():
-                raise ValueError(f"--output {output} would overwrite the input {path}: take another")
-        results = Results(predict)
-        if paths:
-            run_images(predict, paths, output, results)
-        if args.video_input:
-            run_video(predict, Path(args.video_input), output, results)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(results.sections), encoding="utf-8")
+    images = find_images(args.input)
+    video = Path(args.video_input) if args.video_input else None
+    output = Path(args.output or "output/pictures") if args.output or not args.json else None
+    targets = {} if output is None else drawings(images, video, output)
+    predict = Predictor(
+        args.run or args.config_file, args.weights, overrides=args.opts, device=args.device,
+        threshold=args.threshold, keep_ratio=args.keep_ratio,
+    )
+    for folder in filter(None, (output, args.json and Path(args.json).parent)):
+        folder.mkdir(parents=True, exist_ok=True)
+    results = Results(predict)
+    # Opened before the work, written also after what interrupts it.
+    with open(args.json or os.devnull, "w", encoding="utf-8") as file:
+        try:
+            if images:
+                run_images(predict, images, targets, results)
+            if video is not None:
+                run_video(predict, video, targets.get(video), results)
+        finally:
+            json.dump(results.sections, file)
     count = len(results.sections["annotations"])
     print(f"{count} detections of at least {args.threshold} in {len(results.sections['images'])} images")
     for written in filter(None, (output, args.json)):
         print(written)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with told_in_one_line():
+        main()

@@ -24,7 +24,7 @@ from PIL import Image  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
 import train_net  # noqa: E402  (makes `sparse_detr` importable)
-from sparse_detr import config, engine, overlays  # noqa: E402
+from sparse_detr import build_model, config, overlays  # noqa: E402
 from sparse_detr.errors import told_in_one_line  # noqa: E402
 
 PICTURES = 8
@@ -37,8 +37,8 @@ def draw(output_dir: str) -> list[str]:
     dataset = instantiate(cfg.dataloader.test.dataset)
     mapper = instantiate(cfg.dataloader.test.mapper)
     metadata = MetadataCatalog.get(cfg.dataloader.test.dataset.names)
-    model = instantiate(cfg.model).to(engine.resolve_device(cfg.train.device)).eval()
-    engine.Checkpointer(model).load(os.path.join(output_dir, "model_final.pth"))
+    weights = os.path.join(output_dir, "model_final.pth")
+    model = build_model(cfg, weights, device=cfg.train.device)
 
     folder = os.path.join(output_dir, "pictures")
     os.makedirs(folder, exist_ok=True)

@@ -12,6 +12,7 @@ and box coordinate (pixels) on random images; more than --tolerance is an error.
 
 import argparse
 import importlib.util
+import logging
 import os
 import sys
 import warnings
@@ -21,6 +22,7 @@ warnings.filterwarnings("ignore", message=r"`torch\.jit\.")  # detectron2's impo
 if importlib.util.find_spec("sparse_detr") is None:  # run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "projects"))
 
+from sparse_detr.errors import told_in_one_line  # noqa: E402
 from sparse_detr.export import compare_onnx, export_onnx  # noqa: E402
 from sparse_detr.predictor import Predictor  # noqa: E402
 
@@ -50,22 +52,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    if args.config_file and not args.weights:
-        print("warning: no --weights: the weights are random", file=sys.stderr)
-    try:
-        predict = Predictor(args.run or args.config_file, args.weights, overrides=args.opts,
-                            device="cpu", keep_ratio=args.keep_ratio)
-        metadata = {"classes": predict.class_names, **predict.resizing}
-        export_onnx(predict.model, args.output, args.size, dynamic=not args.fixed,
-                    metadata=metadata)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # "Skipping constant folding", per layer
+    predict = Predictor(args.run or args.config_file, args.weights, overrides=args.opts,
+                        device="cpu", keep_ratio=args.keep_ratio)
+    metadata = {"classes": predict.class_names, **predict.resizing}
+    export_onnx(predict.model, args.output, args.size, dynamic=not args.fixed, metadata=metadata)
     print(f"{args.output}: {os.path.getsize(args.output) / 1e6:.1f} MB")
     if args.no_check:
-        return 0
+        return
     height, width = args.size
     sizes = [args.size] if args.fixed else [args.size, (width, height + 32)]
     errors = compare_onnx(predict.model, args.output, sizes)
@@ -73,10 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{height}x{width}: largest difference to PyTorch: score {score:.1e}, box {box:.1e} px")
     worst = max(max(pair) for pair in errors.values())
     if worst > args.tolerance:
-        print(f"error: {worst:.1e} is more than --tolerance {args.tolerance}", file=sys.stderr)
-        return 1
-    return 0
+        sys.exit(f"error: {worst:.1e} is more than --tolerance {args.tolerance}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with told_in_one_line():
+        main()

@@ -2,7 +2,7 @@
 """Draw which tokens an encoder keeps, how it scores them, and where the decoder looks.
 
     python tools/visualize_tokens.py --config-file sparse_detr/sparse_detr_r50_10_50ep \\
-        --weights model.pth --input image.jpg [more.jpg ...] --output pictures
+        --weights model.pth --input image.jpg [photos/ ...] --output pictures
     python tools/visualize_tokens.py --config-file ... --input image.jpg --keep-ratio 0.1
 
 Writes one PNG per image: detections, then a column per feature level with the kept tokens, the
@@ -22,6 +22,7 @@ if importlib.util.find_spec("sparse_detr") is None:  # run from a checkout that 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "projects"))
 
 import numpy as np  # noqa: E402
+from demo import find_images  # noqa: E402
 from detectron2.data.detection_utils import read_image  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -37,7 +38,8 @@ def main() -> None:
     )
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument("--weights", default="", metavar="FILE", help="a checkpoint")
-    parser.add_argument("--input", nargs="+", required=True, metavar="IMAGE")
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH",
+                        help="images, folders, globs")
     parser.add_argument("--output", default="output/tokens", metavar="DIR")
     parser.add_argument("--width", type=int, default=480, help="of each picture (default: 480)")
     parser.add_argument("--threshold", type=float, default=0.4, help="score of drawn detections")
@@ -47,14 +49,12 @@ def main() -> None:
                         help="config overrides, path.key=value")
     args = parser.parse_args()
 
-    if not args.weights and not os.path.isdir(args.config_file):
-        print("warning: no --weights: the weights are random, the pictures show no learned choice",
-              file=sys.stderr)
+    paths = find_images(args.input)
     predict = Predictor(args.config_file, args.weights, overrides=args.opts,
                         threshold=args.threshold, keep_ratio=args.keep_ratio)
     os.makedirs(args.output, exist_ok=True)
-    for path in args.input:
-        image = Image.fromarray(read_image(path, "RGB"))
+    for path in paths:
+        image = Image.fromarray(read_image(str(path), "RGB"))
         with recorded_output(predict.model) as outputs:
             instances = predict(np.asarray(image)[..., ::-1])["instances"]
         scale = args.width / image.width
@@ -62,7 +62,7 @@ def main() -> None:
         detected = draw_detections(np.asarray(image), instances, predict.metadata,
                                    threshold=args.threshold, scale=scale)
         image, detected = (np.asarray(x.resize(size)) for x in (image, Image.fromarray(detected)))
-        target = os.path.join(args.output, f"{Path(path).stem}_tokens.png")
+        target = os.path.join(args.output, f"{path.stem}_tokens.png")
         Image.fromarray(draw_tokens(image, outputs[0], detected=detected)).save(target)
         print(target)
 

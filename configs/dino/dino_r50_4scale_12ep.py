@@ -1,7 +1,11 @@
 """DINO 4-scale, R50, 12 epochs: 49.2 AP published (detrex).
 
-The recipe the other DINO configs start from. Images without objects may stay in
-(dataloader.train.dataset.filter_empty=False): every loss is defined for them.
+The recipe the other DINO configs start from. detrex counts 7500 iterations as an epoch, 2.3 % more
+than COCO has here (117,266 images); exactly as many steps as there, with the drop at 82,500:
+train.max_iter=90000 lr_multiplier.milestones=[11.2565].
+
+Images without objects may stay in (dataloader.train.dataset.filter_empty=False): every loss is
+defined for them.
 """
 
 from ..common.data.coco import dataloader

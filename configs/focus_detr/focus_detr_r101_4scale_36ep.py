@@ -1,7 +1,8 @@
 """Focus-DETR, R101, 36 epochs: 51.4 AP published.
 
 The published config builds and initialises a ResNet-50; here it is a ResNet-101. The schedule is
-detectron2's 3x: drops at 210k and 250k of 270k iterations, 1000 iterations of warm-up.
+detectron2's 3x: drops at 210k and 250k of 270k iterations (7500 are an epoch there), 1000
+iterations of warm-up.
 """
 
 from .focus_detr_r101_4scale_24ep import dataloader, lr_multiplier, model, optimizer, train

@@ -3,7 +3,8 @@
 from ..models.backbones import swin_large_384
 from .focus_detr_r50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 
-train.init_checkpoint = "./weights/swin_large_patch4_window12_384_22kto1k.pth"
+# As the published configs have it; their README says that it was fine-tuned on ImageNet-1k (22kto1k).
+train.init_checkpoint = "./weights/swin_large_patch4_window12_384_22k.pth"
 train.output_dir = "./output/focus_detr_swin_large_384_4scale_12ep"
 model.backbone = swin_large_384.backbone
 model.in_features = swin_large_384.in_features

@@ -19,6 +19,7 @@ from fvcore.nn.jit_handles import get_shape
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from .errors import UserError
 from .kernels import fvcore_handles
 
 COUNTED = (
@@ -96,7 +97,7 @@ def analyze(model: nn.Module, size: tuple[int, int]) -> Analysis:
     """
     height, width = size
     if min(size) < 1:
-        raise ValueError(f"size={height}x{width} must be positive")
+        raise UserError(f"size={height}x{width} must be positive")
     traced = copy.deepcopy(model).eval()
     image = torch.zeros(3, height, width, device=model.device)
     counts = FlopCountAnalysis(_Detect(traced), (image,)).set_op_handle(**_HANDLES)

@@ -41,10 +41,10 @@ def list_configs() -> list[str]:
 
 def get_config(name: str, overrides: Iterable[str] = ()) -> DictConfig:
     """Loads a shipped config by name, with or without ".py"; ``overrides`` read "a.b=c"."""
-    return load_config(config_path(name), overrides)
+    return load_config(name, overrides)
 
 
-def load_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
+def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> DictConfig:
     """Loads a config by its file (``.py``, or a run's ``config.yaml``), a run's folder or a shipped name.
 
     A ``.py`` file defines ``model``, ``dataloader``, ``train``, ...; or ``cfg`` with all of them, such
@@ -116,8 +116,9 @@ def resolve_device(name: str, key: str = "device") -> torch.device:
     return device
 
 
-def config_path(name: str) -> str:
+def config_path(name: str | os.PathLike) -> str:
     """The file behind a path, a run's folder or a shipped config's name."""
+    name = os.fspath(name)
     if not name:
         raise UserError(
             "no config is named: pass --config-file with a file, a run's folder, or a shipped config "

@@ -24,6 +24,7 @@ from detectron2.modeling.backbone.swin import SwinTransformer
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
+from .errors import UserError
 from .modeling import SetDetector
 from .modeling.postprocess import top_detections
 
@@ -59,7 +60,7 @@ def export_program(detector: SetDetector, size: tuple[int, int] = (480, 640), *,
         dynamic: leave height and width free; otherwise only ``size`` can be run.
 
     Raises:
-        ValueError: the model cannot be traced with free height and width.
+        ValueError: the model cannot be traced with free height and width, or not with this ``size``.
     """
     module, image = TensorDetector(detector), _example(detector, size)
     free = {"image": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}}
@@ -145,9 +146,8 @@ def _require(*packages: str) -> None:
         try:
             __import__(package)
         except ImportError as error:
-            raise ValueError(
-                f"ONNX export needs {package}, which is not installed: "
-                "pip install onnx onnxscript onnxruntime"
+            raise UserError(
+                f"{package} is not installed: pip install onnx onnxscript onnxruntime"
             ) from error
 
 
@@ -170,7 +170,14 @@ def _explained(detector: SetDetector, size: tuple[int, int], dynamic: bool) -> I
     """Why a model cannot be traced with free sizes, as one sentence with the way out."""
     if dynamic and isinstance(detector.backbone, SwinTransformer):
         # A trace would pass, and be wrong on other sizes without a word from onnxruntime.
-        raise ValueError(_refusal(detector, size, "its number of windows is computed in Python"))
+        raise UserError(_refusal(detector, size, "its number of windows is computed in Python"))
+    stride = _coarsest_stride(detector)
+    if dynamic and min(size) <= stride:
+        # A level one token high or wide stays so in the trace: it fails, or is wrong, on other sizes.
+        raise UserError(
+            f"size={size[0]}x{size[1]}: to leave height and width free, trace with both above {stride}, "
+            "the stride of the coarsest level"
+        )
     try:
         yield
     except Exception as error:  # the tracers' own types are private and change with torch
@@ -178,7 +185,13 @@ def _explained(detector: SetDetector, size: tuple[int, int], dynamic: bool) -> I
             raise
         logger.debug("tracing with free sizes failed", exc_info=True)
         reason = next((x for x in str(error).splitlines() if x.strip()), type(error).__name__)
-        raise ValueError(_refusal(detector, size, reason[:200])) from error
+        raise UserError(_refusal(detector, size, reason[:200])) from error
+
+
+def _coarsest_stride(detector: SetDetector) -> int:
+    neck = detector.neck
+    stride = detector.backbone.output_shape()[detector.in_features[-1]].stride
+    return stride << (len(neck.convs) - neck.num_inputs)  # each extra level halves the one before
 
 
 def _refusal(detector: SetDetector, size: tuple[int, int], reason: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import os
 from collections.abc import Iterable, Sequence
 
@@ -13,32 +15,33 @@ from detectron2.data import transforms as T
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from .config import config_path, load_config, resolve_classes, resolve_device
+from .config import apply_overrides, load_config, resolve_classes, resolve_device
 from .engine.checkpoint import Checkpointer
 from .errors import UserError
 
+logger = logging.getLogger(__name__)
 
-def build_model(config: str | DictConfig, weights: str = "", overrides: Iterable[str] = (),
-                device: str = "auto") -> nn.Module:
+
+def build_model(config: str | os.PathLike | DictConfig, weights: str | os.PathLike = "",
+                overrides: Iterable[str] = (), device: str = "auto") -> nn.Module:
     """A detector in evaluation mode.
 
     Args:
-        config: a shipped config's name, a config file, or a loaded config.
-        weights: a checkpoint: ours, a published one, or detectron2's; empty for random weights.
+        config: the output folder of a run (its config and last checkpoint are used), a shipped
+            config's name, a config file, or a loaded config, which is not changed.
+        weights: a checkpoint: ours, a published one, or detectron2's; empty for the run's, or else
+            random weights.
         overrides: ``a.b=c``, as on the command line.
         device: "cuda", "cpu", or "auto" for the GPU if there is one.
     """
-    return _build(load_config(config, overrides) if isinstance(config, str) else config,
-                  weights, device)[0]
+    return _build(config, weights, overrides, device)[1]
 
 
 class Predictor:
     """Detects objects in single images or lists of them.
 
     Args:
-        config: the output folder of a run (its config and last checkpoint are used), or what
-            ``build_model`` takes.
-        weights, overrides, device: see ``build_model``.
+        config, weights, overrides, device: see ``build_model``.
         threshold: drop detections whose score is lower.
         keep_ratio: share of the tokens that the encoder refreshes, in (0, 1], instead of the
             config's; for models whose encoder has one. Also an attribute that can be set.
@@ -60,14 +63,12 @@ class Predictor:
         instances = predict(cv2.imread("image.jpg"))["instances"]
     """
 
-    def __init__(self, config: str | DictConfig, weights: str = "", *,
+    def __init__(self, config: str | os.PathLike | DictConfig, weights: str | os.PathLike = "", *,
                  overrides: Iterable[str] = (), device: str = "auto", threshold: float = 0.0,
                  keep_ratio: float | None = None, dtype: torch.dtype = torch.float32):
-        if isinstance(config, str) and os.path.isdir(config):
-            folder, config = config, config_path(config)
-            weights = weights or _last_checkpoint(folder)
-        self.cfg = load_config(config, overrides) if isinstance(config, str) else config
-        self.model, checkpoint = _build(self.cfg, weights, device)
+        self.cfg, self.model, checkpoint = _build(config, weights, overrides, device)
+        if checkpoint is None:
+            logger.warning("no weights are given: they are random")
         augmentations = self.cfg.dataloader.test.mapper.augmentations
         self.augmentations = T.AugmentationList(instantiate(augmentations))
         self.resizing = {k: augmentations[k] for k in ("short_edge", "max_size")
@@ -76,7 +77,8 @@ class Predictor:
         self.dtype = dtype
         if keep_ratio is not None:
             self.keep_ratio = keep_ratio
-        self.metadata = _metadata(self.cfg, self.model.num_classes, checkpoint.get("class_names"))
+        names = checkpoint and checkpoint.get("class_names")
+        self.metadata = _metadata(self.cfg, self.model.num_classes, names)
         self.class_names = list(self.metadata.thing_classes)
 
     @property
@@ -130,7 +132,7 @@ class Predictor:
                 f"expected an image (H, W, 3) as a uint8 numpy array, got {type(image).__name__}"
                 + ("; cv2.imread returns None for a file it cannot read" if image is None else "")
             )
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
             raise ValueError(
                 "expected an image (H, W, 3), uint8 from 0 to 255 in BGR order, "
                 f"got an array of shape {image.shape} and dtype {image.dtype}"
@@ -144,13 +146,22 @@ class Predictor:
         return {"image": tensor, "height": height, "width": width}
 
 
-def _build(cfg: DictConfig, weights: str, device: str) -> tuple[nn.Module, dict]:
-    """The model, and what its checkpoint holds besides weights."""
+def _build(config: str | os.PathLike | DictConfig, weights: str | os.PathLike,
+           overrides: Iterable[str], device: str) -> tuple[DictConfig, nn.Module, dict | None]:
+    """The config, the model, and what its checkpoint, if there is one, holds besides weights."""
+    if isinstance(config, DictConfig):
+        cfg = copy.deepcopy(config)
+        apply_overrides(cfg, overrides)
+    else:
+        cfg = load_config(config, overrides)
+        if not weights and os.path.isdir(config):
+            weights = _last_checkpoint(config)
     where = resolve_device(device)
     resolve_classes(cfg)
     model = instantiate(cfg.model).to(where).eval()
-    checkpoint = Checkpointer(model).load(weights, checkpointables=[]) if weights else {}
-    return model, checkpoint
+    if not weights:
+        return cfg, model, None
+    return cfg, model, Checkpointer(model).load(os.fspath(weights), checkpointables=[])
 
 
 def _metadata(cfg: DictConfig, num_classes: int, names: Sequence[str] | None) -> Metadata:
@@ -166,8 +177,8 @@ def _metadata(cfg: DictConfig, num_classes: int, names: Sequence[str] | None) ->
     return Metadata(thing_classes=list(names))
 
 
-def _last_checkpoint(folder: str) -> str:
-    path = Checkpointer(nn.Module(), folder).get_checkpoint_file()
+def _last_checkpoint(folder: str | os.PathLike) -> str:
+    path = Checkpointer(nn.Module(), os.fspath(folder)).get_checkpoint_file()
     if not path:
         raise UserError(f"{folder} holds no checkpoint (no last_checkpoint file): pass weights=...")
     return path

@@ -36,8 +36,11 @@ def draw_detections(
 def draw_ground_truth(
     image: np.ndarray, record: dict, metadata: Metadata, *, scale: float = 1.0
 ) -> np.ndarray:
-    """The annotations of a detectron2 dataset dict; see ``draw_detections``."""
-    return Visualizer(image, metadata, scale).draw_dataset_dict(record).get_image()
+    """The boxes of a detectron2 dataset dict, crowd regions included; see ``draw_detections``."""
+    # Without masks: detectron2 expects one in every annotation or in none.
+    shown = ("bbox", "bbox_mode", "category_id", "iscrowd")
+    boxes = [{k: a[k] for k in shown if k in a} for a in record.get("annotations", ())]
+    return Visualizer(image, metadata, scale).draw_dataset_dict({"annotations": boxes}).get_image()
 
 
 def draw_input(

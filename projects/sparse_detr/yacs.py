@@ -26,7 +26,7 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from omegaconf import DictConfig
 from torch import nn
 
-from .config import get_config
+from .config import apply_overrides, get_config
 
 
 def add_sparse_detr_config(cfg: CfgNode) -> None:
@@ -38,7 +38,7 @@ def add_sparse_detr_config(cfg: CfgNode) -> None:
     # A LazyConfig's file, or a shipped one's name (see list_configs()); empty: the architecture's.
     cfg.MODEL.DETR.CONFIG = ""
     cfg.MODEL.DETR.NUM_CLASSES = 80
-    # Further "model.key=value" overrides of that config.
+    # "model.key=value" overrides of that config, which win over the numbers of this one.
     cfg.MODEL.DETR.OVERRIDES = []
     cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
     cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
@@ -58,6 +58,7 @@ def constructor_arguments(cfg: CfgNode, default_config: str) -> dict:
         pixel_std=list(cfg.MODEL.PIXEL_STD), input_format=cfg.INPUT.FORMAT,
         max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
     )
+    apply_overrides(lazy, cfg.MODEL.DETR.OVERRIDES)
     return {key: instantiate(value) for key, value in lazy.model.items() if key != "_target_"}
 
 
@@ -68,10 +69,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` may be "full_model": the norm over all parameters, as the
     published models are trained. detectron2's "norm" clips each parameter by itself.
     """
-    optimizer = _lazy_config(cfg, getattr(model, "module", model).default_config).optimizer
-    optimizer.lr, optimizer.weight_decay = cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY
-    optimizer.params.model = model
-    optimizer = instantiate(optimizer)
+    lazy = _lazy_config(cfg, getattr(model, "module", model).default_config)
+    lazy.optimizer.update(lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+    apply_overrides(lazy, cfg.MODEL.DETR.OVERRIDES)
+    lazy.optimizer.params.model = model
+    optimizer = instantiate(lazy.optimizer)
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if clip.CLIP_TYPE != "full_model":
         return maybe_add_gradient_clipping(cfg, optimizer)
@@ -90,4 +92,4 @@ def _lazy_config(cfg: CfgNode, default_config: str) -> DictConfig:
             "this config has no MODEL.DETR: call sparse_detr.yacs.add_sparse_detr_config(cfg) "
             "after detectron2.config.get_cfg()"
         )
-    return get_config(cfg.MODEL.DETR.CONFIG or default_config, list(cfg.MODEL.DETR.OVERRIDES))
+    return get_config(cfg.MODEL.DETR.CONFIG or default_config)

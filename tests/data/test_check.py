@@ -199,7 +199,15 @@ def test_many_records_are_counted_and_the_first_ones_named(tmp_path):
 def test_a_file_that_is_no_image_is_an_error(tmp_path):
     json_file, images = write(tmp_path, content())
     (tmp_path / "images" / "b.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"image files that cannot be opened: 1 \(b.png: "):
+    with pytest.raises(ValueError, match=r"image files that cannot be read: 1 \(b.png: "):
+        check_data((json_file, images))
+
+
+def test_an_image_of_16_bits_is_an_error(tmp_path):
+    """detectron2 reads it as white wherever it is brighter than 255."""
+    json_file, images = write(tmp_path, content())
+    Image.new("I;16", Image.open(tmp_path / "images" / "b.png").size).save(tmp_path / "images" / "b.png")
+    with pytest.raises(ValueError, match=r"cannot be read: 1 \(b.png: more than 8 bits"):
         check_data((json_file, images))
 
 

@@ -17,6 +17,8 @@ from PIL import Image
 from sparse_detr import config, engine
 from sparse_detr.data import DetrDatasetMapper, build_train_loader
 
+from ..run_files import same
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "tests" / "engine" / "tiny_shapes.py")
 
@@ -39,17 +41,6 @@ def rows(folder):
 
 def losses(row):
     return {name: value for name, value in row.items() if "loss" in name or name == "grad_norm"}
-
-
-def same(first, second):
-    """Bitwise equality of nested checkpoint contents."""
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(same, first, second))
-    return first == second
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from detectron2.config import instantiate
 from sparse_detr import config, engine
 from sparse_detr.engine import processes
 
+from ..run_files import detections, metrics
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "tests" / "engine" / "data_parallel.py")  # three iterations of four images
 
@@ -35,18 +37,6 @@ def empty_one_share(data):
     kept = [a for a in content["annotations"] if a["image_id"] not in images]
     assert len(images) == 2 and len(kept) < len(content["annotations"])
     path.write_text(json.dumps({**content, "annotations": kept}))
-
-
-def metrics(folder):
-    rows = {}
-    for line in (folder / "metrics.json").read_text().splitlines():
-        row = json.loads(line)
-        rows.setdefault(row["iteration"], {}).update(row)
-    return rows
-
-
-def detections(folder):
-    return json.loads((folder / "inference" / "coco_instances_results.json").read_text())
 
 
 @pytest.mark.slow

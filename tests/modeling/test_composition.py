@@ -6,7 +6,7 @@ from detectron2.config import instantiate
 
 from sparse_detr.config import get_config
 
-from .tiny import sample, shrink
+from .tiny import reveal, sample, shrink
 
 BASES = {
     "deformable_detr": "deformable_detr_two_stage",
@@ -33,12 +33,7 @@ def compose(base, encoder, key_aware=None):
         attention = get_config("encoders/lite.py").attention
         model.transformer.decoder.layer.cross_attention = attention
     torch.manual_seed(0)
-    built = instantiate(shrink(model))
-    # Zero at the start; what lies behind them would get no gradient.
-    for name, parameter in built.named_parameters():
-        if "box_head" in name or "attention_weights" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return built
+    return reveal(instantiate(shrink(model)))
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)

@@ -11,7 +11,7 @@ from sparse_detr.config import get_config, list_configs
 from sparse_detr.modeling.heads import DetectionHeads
 from sparse_detr.yacs import add_sparse_detr_config
 
-from .tiny import sample, shrink, tiny_model
+from .tiny import sample, shrink, tiny_model, total_losses
 
 VARIANTS = ["deformable_detr_r50_50ep", "deformable_detr_r50_refine_50ep",
             "deformable_detr_r50_two_stage_50ep", "deformable_detr_r50_efficient_50ep"]
@@ -50,16 +50,7 @@ def test_all_layers_start_from_the_same_heads(config):
 
 @pytest.mark.parametrize("config", VARIANTS)
 def test_a_few_steps_on_one_image_reduce_the_loss(config):
-    model = tiny_model(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    batch = [sample(64, 64, num_boxes=2)]
-    totals = []
-    for _ in range(12):
-        total = sum(model(batch).values())
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
-        totals.append(float(total.detach()))
+    totals = total_losses(tiny_model(config).train(), [sample(64, 64)], steps=12, lr=1e-3)
     assert totals[-1] < 0.8 * totals[0]
 
 

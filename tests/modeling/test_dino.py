@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from sparse_detr.config import get_config
 from sparse_detr.engine.convert import convert_state_dict
 
-from .tiny import sample, shrink
+from .tiny import reveal, sample, shrink, total_losses
 
 DINO = "dino/dino_r50_4scale_12ep"
 OFFICIAL = "dino/dino_official_r50_4scale_12ep"
@@ -19,11 +19,7 @@ SPARSE = "dino/sparse_dino_r50_4scale_12ep"
 def dino(config=DINO, seed=0, overrides=()):
     """A shipped config, shrunk and built, with nothing hidden behind zero weights."""
     torch.manual_seed(seed)
-    model = instantiate(shrink(get_config(config, overrides).model))
-    for name, parameter in model.named_parameters():
-        if "box_head" in name or "attention_weights" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
+    return reveal(instantiate(shrink(get_config(config, overrides).model)))
 
 
 def names(*suffixes):
@@ -46,16 +42,7 @@ def test_a_training_step_reaches_every_trained_parameter(config):
 
 @pytest.mark.parametrize("config", [DINO, SPARSE])
 def test_a_few_steps_on_one_image_reduce_the_loss(config):
-    model = dino(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    batch, totals = [sample(64, 64)], []
-    for _ in range(32):
-        total = sum(model(batch).values())
-        optimizer.zero_grad()
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        totals.append(float(total.detach()))
+    totals = total_losses(dino(config).train(), [sample(64, 64)], steps=32, lr=2e-3)
     assert sum(totals[-4:]) / 4 < 0.8 * totals[0]
 
 

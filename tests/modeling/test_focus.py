@@ -10,14 +10,13 @@ from sparse_detr.engine.convert import convert_state_dict
 from sparse_detr.modeling.strategies.foreground import foreground_loss, foreground_targets
 from sparse_detr.modeling.tokens import gather_tokens
 
-from .tiny import sample, shrink
+from .tiny import SHAPES, feature_maps, masks, reveal, sample, shrink, total_losses
 
 FOCUS = "focus_detr/focus_detr_r50_4scale_12ep"
 ON_DEFORMABLE = "focus_detr/focus_deformable_detr_r50_50ep"
 TWO_STAGE = "deformable_detr/deformable_detr_r50_two_stage_50ep"
 ONE_STAGE = "deformable_detr/deformable_detr_r50_50ep"
 REFINE = "deformable_detr/deformable_detr_r50_refine_50ep"
-SHAPES = ((12, 16), (6, 8), (3, 4), (2, 2))
 STRIDES = (8, 16, 32, 64)
 RANGES = ((-1, 64), (64, 128), (128, 256), (256, 999999))
 
@@ -34,27 +33,7 @@ def focus(config=FOCUS, seed=0, **encoder):
         transformer.share_proposal_heads = True
     shrink(model)
     model.transformer.encoder.update({"num_objects": 5, **encoder})
-    model = instantiate(model)
-    for name, parameter in model.named_parameters():  # nothing hides behind zero weights
-        if "box_head" in name or "attention_weights" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def feature_maps(batch=1, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, 32, h, w, generator=generator).double() for h, w in SHAPES]
-
-
-def masks(*valid):
-    """Level masks of a batch; per image the fraction of rows and columns that are valid."""
-    levels = []
-    for h, w in SHAPES:
-        level = torch.ones(len(valid), h, w, dtype=torch.bool)
-        for image, (rows, columns) in enumerate(valid):
-            level[image, : max(1, int(h * rows)), : max(1, int(w * columns))] = False
-        levels.append(level)
-    return levels
+    return reveal(instantiate(model))
 
 
 def encode(model, *valid, maps=None):
@@ -310,16 +289,7 @@ def test_a_training_step_reaches_every_trained_parameter(config, num_boxes):
 
 @pytest.mark.parametrize("config", [FOCUS, ON_DEFORMABLE, ONE_STAGE])
 def test_a_few_steps_on_one_image_reduce_the_loss(config):
-    model = focus(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    batch, totals = [sample(64, 64)], []
-    for _ in range(32):
-        total = sum(model(batch).values())
-        optimizer.zero_grad()
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        totals.append(float(total.detach()))
+    totals = total_losses(focus(config).train(), [sample(64, 64)], steps=32, lr=2e-3)
     assert sum(totals[-4:]) / 4 < 0.8 * totals[0]
 
 

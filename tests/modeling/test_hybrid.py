@@ -10,7 +10,7 @@ from sparse_detr.engine.convert import convert_state_dict
 from sparse_detr.modeling import Target
 from sparse_detr.modeling.criterion import Predictions
 
-from .tiny import sample, shrink, tiny_model
+from .tiny import reveal, sample, shrink, tiny_model
 
 HYBRID = "h_deformable_detr/h_deformable_detr_r50_12ep"
 FIRST, SECOND, REPEAT = 8, 12, 6
@@ -21,11 +21,7 @@ def hybrid(seed=0, **options):
     torch.manual_seed(seed)
     cfg = shrink(get_config(HYBRID).model)
     cfg.transformer.query_selection.update(options)
-    model = instantiate(cfg)
-    for name, parameter in model.named_parameters():
-        if "box_head" in name or "attention_weights" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
+    return reveal(instantiate(cfg))
 
 
 def batch():

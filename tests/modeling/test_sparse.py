@@ -8,11 +8,10 @@ from detectron2.utils.events import EventStorage
 from sparse_detr.config import get_config
 from sparse_detr.modeling.tokens import gather_tokens
 
-from .tiny import sample, shrink, tiny_model
+from .tiny import SHAPES, feature_maps, masks, reveal, sample, shrink, tiny_model
 
 SPARSE = "sparse_detr/sparse_detr_r50_30_50ep"
 DENSE = "deformable_detr/deformable_detr_r50_efficient_50ep"
-SHAPES = ((12, 16), (6, 8), (3, 4), (2, 2))
 
 
 def sparse_model(seed=0, **encoder):
@@ -20,28 +19,7 @@ def sparse_model(seed=0, **encoder):
     torch.manual_seed(seed)
     cfg = shrink(get_config(SPARSE).model)
     cfg.transformer.encoder.update(encoder)
-    model = instantiate(cfg)
-    # Heads start at zero and hide what is behind them.
-    for name, parameter in model.named_parameters():
-        if "box_head" in name or "attention_weights" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def feature_maps(batch=1, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, 32, h, w, generator=generator).double() for h, w in SHAPES]
-
-
-def masks(*valid):
-    """Level masks of a batch; per image the fraction of rows and columns that are valid."""
-    levels = []
-    for h, w in SHAPES:
-        level = torch.ones(len(valid), h, w, dtype=torch.bool)
-        for image, (rows, columns) in enumerate(valid):
-            level[image, : max(1, int(h * rows)), : max(1, int(w * columns))] = False
-        levels.append(level)
-    return levels
+    return reveal(instantiate(cfg))
 
 
 def test_keep_ratio_1_is_the_dense_encoder():

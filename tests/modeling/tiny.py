@@ -54,10 +54,52 @@ def shrink(model: DictConfig, num_classes: int = 3) -> DictConfig:
     return model
 
 
+def reveal(model: torch.nn.Module) -> torch.nn.Module:
+    """Gives the layers that start at zero random weights: they would hide what is behind them."""
+    for name, parameter in model.named_parameters():
+        if "box_head" in name or "attention_weights" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
 def tiny_model(config: str = "deformable_detr/deformable_detr_r50_50ep", seed: int = 0, **kwargs):
     """A shipped config, shrunk and built."""
     torch.manual_seed(seed)
     return instantiate(shrink(get_config(config).model, **kwargs))
+
+
+SHAPES = ((12, 16), (6, 8), (3, 4), (2, 2))  # four levels for a shrunk transformer
+
+
+def feature_maps(batch: int = 1, seed: int = 0) -> list[torch.Tensor]:
+    """Random maps of ``SHAPES``, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, 32, h, w, generator=generator).double() for h, w in SHAPES]
+
+
+def masks(*valid: tuple[float, float]) -> list[torch.Tensor]:
+    """Masks of ``SHAPES``; per image the fraction of rows and columns that are valid."""
+    levels = []
+    for h, w in SHAPES:
+        level = torch.ones(len(valid), h, w, dtype=torch.bool)
+        for image, (rows, columns) in enumerate(valid):
+            level[image, : max(1, int(h * rows)), : max(1, int(w * columns))] = False
+        levels.append(level)
+    return levels
+
+
+def total_losses(model: torch.nn.Module, batch: list[dict], steps: int, lr: float) -> list[float]:
+    """Trains on one batch; the total loss of every step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    totals = []
+    for _ in range(steps):
+        total = sum(model(batch).values())
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        totals.append(float(total.detach()))
+    return totals
 
 
 def sample(height: int, width: int, num_boxes: int = 2, num_classes: int = 3, seed: int = 0,

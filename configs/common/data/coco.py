@@ -30,7 +30,7 @@ dataloader = dict(
         ),
         total_batch_size=16,  # over all processes
         num_workers=4,
-        aspect_ratio_grouping=True,
+        aspect_ratio_grouping=True,  # as detectron2 and detrex; the authors' own code does not
     ),
     test=L(build_detection_test_loader)(
         dataset=L(registered_dataset)(names="coco_2017_val", filter_empty=False),

@@ -281,7 +281,7 @@ def _check_files(report: Report) -> None:
     report.add(
         "missing image files", missing, f"file names are looked for in {root}", fatal=True
     )
-    report.add("image files that cannot be opened", unreadable, "replace them", fatal=True)
+    report.add("image files that cannot be read", unreadable, "replace them", fatal=True)
     report.add(
         "image files of another size (width x height) than in the JSON",
         resized,
@@ -293,6 +293,8 @@ def _check_files(report: Report) -> None:
 def _image_size(path: str) -> tuple[int, int]:
     """Width and height as training sees them, after the rotation that the camera noted."""
     with Image.open(path) as image:
+        if image.mode[0] in "IF":  # "I", "I;16", "F"
+            raise ValueError("more than 8 bits per channel, which detectron2 would clip at 255: convert it")
         width, height = image.size
         if image.getexif().get(_EXIF_ORIENTATION) in _EXIF_TRANSPOSED:
             return height, width
