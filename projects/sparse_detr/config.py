@@ -21,7 +21,7 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .errors import UserError
+from .errors import UserError, listed
 
 _PARTS = ("common", "models", "encoders")  # folders that hold pieces of configs, not whole ones
 
@@ -92,8 +92,7 @@ def resolve_classes(cfg: DictConfig) -> None:
     elif data.classes is not None and len(data.classes) != given:
         raise UserError(
             f"model.num_classes={given}, but {'data.classes' if stored else source} has "
-            f"{len(data.classes)} classes ({', '.join(data.classes[:5])}"
-            f"{', ...' * (len(data.classes) > 5)}): "
+            f"{len(data.classes)} classes ({listed(data.classes, 5)}): "
             + ("to read them from other data, pass data.classes=null model.num_classes=null"
                if stored else "leave model.num_classes out, it is read from the file")
         )

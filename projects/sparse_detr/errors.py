@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 
 class UserError(ValueError):
@@ -16,3 +16,8 @@ def told_in_one_line() -> Iterator[None]:
         yield
     except UserError as error:
         sys.exit(f"error: {error}")
+
+
+def listed(names: Sequence[str], limit: int = 10) -> str:
+    """The first names, and whether there are more, for a message."""
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

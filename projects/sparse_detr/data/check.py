@@ -18,8 +18,8 @@ from collections.abc import Iterable
 from detectron2.utils import comm
 from PIL import Image
 
-from ..errors import UserError
-from .report import Report, is_id, listed, record_id
+from ..errors import UserError, listed
+from .report import Report, is_id, record_id
 
 logger = logging.getLogger(__name__)
 
@@ -197,8 +197,8 @@ def _check_annotations(report: Report) -> None:
         for a in annotations
         if record_id(a, "category_id") not in (None, *known)
     ]
-    listed = ", ".join(f"{key} {name}" for key, name in list(known.items())[:20])
-    report.add("annotations of unknown categories", unknown, f"known are {listed}", fatal=True)
+    names = listed([f"{key} {name}" for key, name in known.items()], limit=20)
+    report.add("annotations of unknown categories", unknown, f"known are {names}", fatal=True)
     ignored = [_annotation(a) for a in annotations if a.get("ignore")]
     report.add(
         "annotations with the key ignore", ignored, "not supported: use iscrowd", fatal=True

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
 
-from ..errors import UserError
+from ..errors import UserError, listed
 
 logger = logging.getLogger(__name__)
 
@@ -129,15 +129,14 @@ def check_classes(num_classes: int, *names: str, expected: Sequence[str] | None 
         classes = MetadataCatalog.get(name).get("thing_classes")
         if classes is None:
             continue
-        shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+        shown = listed(classes, 5)
         if len(classes) != num_classes:
             raise UserError(
                 f"data set {name!r} has {len(classes)} classes ({shown}) "
                 f"but model.num_classes={num_classes}: "
                 + (f"pass model.num_classes={len(classes)}" if expected is None else
                    "give its JSON all the model's categories, in their order "
-                   f"({', '.join(expected[:5])}{', ...' * (len(expected) > 5)}); some may have no "
-                   "object")
+                   f"({listed(expected, 5)}); some may have no object")
                 + "; to train for the data's own, data.classes=null model.num_classes=null" * stored
             )  # fmt: skip
         expected = list(classes) if expected is None else list(expected)

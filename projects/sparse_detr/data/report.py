@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from ..errors import listed
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -65,11 +67,6 @@ class Report:
             f"({listed(classes, limit=20)}), {len(annotations) - boxes.total()} crowd regions, "
             f"{empty} images without a box"
         )
-
-
-def listed(names: Sequence[str], limit: int = 10) -> str:
-    """The first names, and whether there are more."""
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 def is_id(value: object) -> bool:

@@ -21,7 +21,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, listed
 from .convert import convert_state_dict, detect_family
 from .fine_tune import (
     adapt_classes,
@@ -205,7 +205,7 @@ class Checkpointer(DetectionCheckpointer):
             raise UserError(
                 f"the weights were trained for {old} classes, the model has {new}: to evaluate or "
                 "resume them, give the data's JSON all the training set's categories, in their "
-                f"order{f' ({_shortened(names)})' if names else ''}; some may have no object. Or use "
+                f"order{f' ({listed(names, 5)})' if names else ''}; some may have no object. Or use "
                 "the config.yaml of their run; where classes are not read from a JSON, "
                 f"model.num_classes={old}. For other classes fine-tune them (train, without --resume)"
             )
@@ -231,7 +231,7 @@ class Checkpointer(DetectionCheckpointer):
             return
         differ = (
             f"class {first} is {names[first]!r} in the data, {trained[first]!r} in the weights "
-            f"(data: {_shortened(names)}; weights: {_shortened(trained)})"
+            f"(data: {listed(names, 5)}; weights: {listed(trained, 5)})"
         )
         if not self.fine_tune:
             raise UserError(
@@ -261,10 +261,6 @@ def run_checkpoints(folder: str) -> list[str]:
     files = glob.glob(os.path.join(glob.escape(folder), "model_*.pth"))
     files = [f for f in files if re.fullmatch(r"model_(\d+|final)\.pth", os.path.basename(f))]
     return sorted(files, key=lambda f: (os.path.getmtime(f), f))
-
-
-def _shortened(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 @contextlib.contextmanager
