@@ -181,8 +181,13 @@ class Plan:
             }
         key = hashlib.sha256()
         for part in (
-            torch.__version__, str(torch.version.cuda), sys.implementation.cache_tag,
-            platform.machine(), _version_of(*compiler), *cflags, *cuda_flags,
+            torch.__version__,
+            str(torch.version.cuda),
+            sys.implementation.cache_tag,
+            platform.machine(),
+            _version_of(*compiler),
+            *cflags,
+            *cuda_flags,
             *(f"{k}={v}" for k, v in sorted(environment.items())),
         ):
             key.update(part.encode() + b"\0")
@@ -190,8 +195,14 @@ class Plan:
             if path.suffix in (".cpp", ".cu", ".h", ".cuh"):
                 key.update(path.name.encode() + b"\0" + path.read_bytes())
         name = f"{device_type}-torch{torch.__version__.split('+')[0]}-{key.hexdigest()[:16]}"
-        return cls(device_type, tuple(sources), tuple(cflags), tuple(cuda_flags),
-                   tuple(environment.items()), cache_dir() / name)
+        return cls(
+            device_type,
+            tuple(sources),
+            tuple(cflags),
+            tuple(cuda_flags),
+            tuple(environment.items()),
+            cache_dir() / name,
+        )
 
 
 def cache_dir() -> Path:
@@ -236,9 +247,7 @@ def _compiler() -> tuple[str, ...]:
     """The C++ compiler's command, which may begin with a wrapper: `ccache g++`."""
     command = tuple(shlex.split(os.environ.get("CXX", ""))) or ("c++",)
     if shutil.which(command[0]) is None:
-        raise BuildError(
-            f"no C++ compiler ({command[0]} is not on the PATH): install g++, or set CXX"
-        )
+        raise BuildError(f"no C++ compiler ({command[0]} is not on the PATH): install g++, or set CXX")
     return command
 
 
@@ -252,8 +261,12 @@ def _version_of(*command: str) -> str:
 def _cuda_home() -> str:
     """The CUDA toolkit; a wrapper script on the PATH is not it."""
     nvcc = shutil.which("nvcc")
-    found = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda",
-             nvcc and Path(nvcc).resolve().parents[1]]
+    found = [
+        os.environ.get("CUDA_HOME"),
+        os.environ.get("CUDA_PATH"),
+        "/usr/local/cuda",
+        nvcc and Path(nvcc).resolve().parents[1],
+    ]
     for home in filter(None, found):
         if (Path(home) / "bin" / "nvcc").is_file() and (Path(home) / "include").is_dir():
             return str(home)
@@ -294,17 +307,21 @@ def _build_and_load(plan: Plan) -> Path:
 def _compile(plan: Plan) -> None:
     for leftover in plan.folder.glob("build-*"):  # of builds that were killed
         shutil.rmtree(leftover, ignore_errors=True)
-    logger.warning("building deformable attention for %s, once, up to a minute ...",
-                   plan.device_type)
+    logger.warning("building deformable attention for %s, once, up to a minute ...", plan.device_type)
     start = time.monotonic()
     scratch = tempfile.mkdtemp(prefix="build-", dir=plan.folder)
     try:
         with _environment(plan) as cpp_extension:
             cpp_extension.load(
-                name=plan.library.stem, sources=list(map(str, plan.sources)),
-                extra_cflags=list(plan.cflags), extra_cuda_cflags=list(plan.cuda_flags),
-                extra_ldflags=["-fopenmp"], extra_include_paths=[str(plan.sources[0].parent)],
-                build_directory=scratch, is_python_module=False, verbose=False,
+                name=plan.library.stem,
+                sources=list(map(str, plan.sources)),
+                extra_cflags=list(plan.cflags),
+                extra_cuda_cflags=list(plan.cuda_flags),
+                extra_ldflags=["-fopenmp"],
+                extra_include_paths=[str(plan.sources[0].parent)],
+                build_directory=scratch,
+                is_python_module=False,
+                verbose=False,
                 with_cuda=plan.device_type == "cuda",
             )
         os.replace(Path(scratch) / plan.library.name, plan.library)

@@ -86,9 +86,7 @@ def ms_deform_attn_fused(
     _check("logits", logits, (B, Q, M, L * P), value)
     if build.is_unavailable(value.device.type):
         return plain.ms_deform_attn_fused(value, shapes, reference, offsets, logits)
-    return torch.ops.sparse_detr.ms_deform_attn_fused(
-        value, _flat(shapes), reference, offsets, logits
-    )
+    return torch.ops.sparse_detr.ms_deform_attn_fused(value, _flat(shapes), reference, offsets, logits)
 
 
 def key_aware_deform_attn(
@@ -149,7 +147,8 @@ def key_aware_weights(query: Tensor, key: Tensor, shapes: Shapes, locations: Ten
     weights = locations.new_ones(locations.shape[:-1])
     only_weights = [False, False, True]
     _, _, scores = torch.ops.sparse_detr.ms_deform_attn_backward(
-        query.flatten(2).to(key.dtype), key, _flat(shapes), locations, weights, only_weights)
+        query.flatten(2).to(key.dtype), key, _flat(shapes), locations, weights, only_weights
+    )
     return (scores * D**-0.5).flatten(-2).softmax(-1).view_as(scores)
 
 
@@ -194,8 +193,10 @@ def attention_map_splat(
             raise ValueError(
                 f"locations[{layer}] has dtype {layer_locations.dtype}: expected float32 or float64"
             )
-        for name, tensor, like in (("locations", layer_locations, first),
-                                   ("weights", layer_weights, weights[0])):
+        for name, tensor, like in (
+            ("locations", layer_locations, first),
+            ("weights", layer_weights, weights[0]),
+        ):
             if tensor.dtype != like.dtype:
                 raise ValueError(
                     f"{name}[{layer}] has dtype {tensor.dtype}, {name}[0] has {like.dtype}: expected "

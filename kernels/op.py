@@ -92,9 +92,7 @@ def _fake_key_aware(query, key, value, shapes, locations):
     return value.new_empty(B, Q, M * D), value.new_empty(B, Q, M, dtype=dtype)
 
 
-def _fake_key_aware_backward(
-    grad_output, output, lse, query, key, value, shapes, locations, output_mask
-):
+def _fake_key_aware_backward(grad_output, output, lse, query, key, value, shapes, locations, output_mask):
     mask = (output_mask[0], output_mask[1] and key is not None, *output_mask[2:])
     inputs = (query, value if key is None else key, value, locations)
     return _fake_gradients(inputs, mask)
@@ -113,15 +111,10 @@ def _fake_splat(locations, weights, shapes):
 def _vector_jacobian(function, grad_output, inputs, output_mask) -> tuple[Tensor, ...]:
     """Gradients of `function(*inputs)`, from inside a kernel, where autograd is switched off."""
     keys = torch._C.DispatchKey
-    autocast = torch._C.DispatchKeySet(keys.AutocastCPU) | torch._C.DispatchKeySet(
-        keys.AutocastCUDA
-    )
+    autocast = torch._C.DispatchKeySet(keys.AutocastCPU) | torch._C.DispatchKeySet(keys.AutocastCUDA)
     include = torch._C._dispatch_tls_local_include_set()
     with torch._C._ForceDispatchKeyGuard(include, autocast), torch.enable_grad():
-        leaves = [
-            x.detach().requires_grad_(wanted)
-            for x, wanted in zip(inputs, output_mask, strict=True)
-        ]
+        leaves = [x.detach().requires_grad_(wanted) for x, wanted in zip(inputs, output_mask, strict=True)]
         wanted_leaves = [x for x in leaves if x.requires_grad]
         found = torch.autograd.grad(function(*leaves), wanted_leaves, grad_output)
     found = iter(found)
@@ -159,9 +152,7 @@ def _plain_key_aware(query, key, value, shapes, locations):
     return reference.key_aware_deform_attn(query, key, value, level_pairs(shapes), locations)
 
 
-def _plain_key_aware_backward(
-    grad_output, output, lse, query, key, value, shapes, locations, output_mask
-):
+def _plain_key_aware_backward(grad_output, output, lse, query, key, value, shapes, locations, output_mask):
     def forward(query, *rest):
         rest = rest if key is not None else (None, *rest)
         return reference.key_aware_deform_attn(query, *rest[:2], level_pairs(shapes), rest[2])[0]
@@ -185,9 +176,7 @@ def _fallback(name: str, compute):
         device = grad_or_first.device.type
         if build.load(device):
             # A loaded library takes over from here on; it may still lack this one operator.
-            if torch._C._dispatch_has_kernel_for_dispatch_key(
-                f"{NAMESPACE}::{name}", device.upper()
-            ):
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device.upper()):
                 return getattr(torch.ops.sparse_detr, name)(*args)
         return compute(*args)
 

@@ -37,9 +37,7 @@ def level_sizes(shapes: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
     return torch.tensor(flat, dtype=like.dtype).view(-1, 2).to(like.device, non_blocking=True)
 
 
-def sampling_locations(
-    reference: Tensor, offsets: Tensor, shapes: Sequence[tuple[int, int]]
-) -> Tensor:
+def sampling_locations(reference: Tensor, offsets: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
     """Normalised locations from references and offsets.
 
     Args:

@@ -30,10 +30,13 @@ def layer_macs(refreshed, tokens):
     return refreshed * (attention + 2 * C * F + 2 * 5 * C) + tokens * C * C
 
 
-@pytest.mark.parametrize(("config", "refreshed"), [
-    (SPARSE, int(0.3 * NUM_TOKENS) + 1),
-    ("deformable_detr/deformable_detr_r50_efficient_50ep", NUM_TOKENS),
-])
+@pytest.mark.parametrize(
+    ("config", "refreshed"),
+    [
+        (SPARSE, int(0.3 * NUM_TOKENS) + 1),
+        ("deformable_detr/deformable_detr_r50_efficient_50ep", NUM_TOKENS),
+    ],
+)
 def test_an_encoder_layer_costs_what_the_formula_says(config, refreshed):
     found = analyze(tiny_model(config), SIZE)
     for layer in (0, 1):
@@ -50,9 +53,7 @@ def test_the_scoring_network_costs_what_the_formula_says():
 
 
 @pytest.mark.parametrize("compiled_or_fallback", [True, False])
-def test_the_count_does_not_depend_on_the_implementation_of_the_op(
-    compiled_or_fallback, monkeypatch
-):
+def test_the_count_does_not_depend_on_the_implementation_of_the_op(compiled_or_fallback, monkeypatch):
     found = analyze(tiny_model(SPARSE), SIZE)
     monkeypatch.setattr(functional.build, "is_unavailable", lambda _: not compiled_or_fallback)
     again = analyze(tiny_model(SPARSE), SIZE)
@@ -66,7 +67,8 @@ def test_modules_are_a_partition_of_the_whole():
         children = [f"{parent}.{name}".lstrip(".") for name, _ in module.named_children()]
         if parent in ("", "transformer", "transformer.encoder"):
             assert sum(found[name].macs for name in children) == pytest.approx(
-                found[parent].macs, rel=0.01)  # resized masks and the like belong to the parent
+                found[parent].macs, rel=0.01
+            )  # resized masks and the like belong to the parent
     assert sum(found.operators.values()) == found.total.macs
     assert found.total.parameters == sum(p.numel() for p in model.parameters())
 
@@ -84,8 +86,15 @@ def test_an_empty_image_is_refused():
 
 
 def test_the_tool_prints_a_table_and_writes_json(tmp_path, capsys, monkeypatch):
-    arguments = ["--config-file", "quick/deformable_detr_shapes", "--size", "64x96",
-                 "--json", str(tmp_path / "costs.json"), "model.num_classes=7"]
+    arguments = [
+        "--config-file",
+        "quick/deformable_detr_shapes",
+        "--size",
+        "64x96",
+        "--json",
+        str(tmp_path / "costs.json"),
+        "model.num_classes=7",
+    ]
     monkeypatch.setattr(sys, "argv", ["analyze_model.py", *arguments])
     tool.main()
     printed = capsys.readouterr().out
@@ -102,9 +111,13 @@ def test_the_tool_asks_for_the_classes_of_own_data(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "gmacs"), [
-    ("sparse_detr_r50_10_50ep", 105.35), ("sparse_detr_swint_50_50ep", 143.66),
-])
+@pytest.mark.parametrize(
+    ("config", "gmacs"),
+    [
+        ("sparse_detr_r50_10_50ep", 105.35),
+        ("sparse_detr_swint_50_50ep", 143.66),
+    ],
+)
 def test_the_papers_numbers(config, gmacs):
     """Of the published code at 800x1066; it evaluates the decoder's heads twice."""
     model = instantiate(get_config(f"sparse_detr/{config}", ["model.num_classes=91"]).model)

@@ -9,8 +9,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def benchmark(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-W", "ignore", ROOT / "tools" / "benchmark.py", *arguments],
-                          capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", ROOT / "tools" / "benchmark.py", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_help_of_both_commands():
@@ -26,17 +30,26 @@ def test_operators_and_a_peer(tmp_path):
         "def same(value, shapes, starts, locations, weights):\n"
         "    return ms_deform_attn(value, shapes.tolist(), locations, weights)\n"
         "def other(*inputs):\n"
-        "    return 1.01 * same(*inputs)\n")
+        "    return 1.01 * same(*inputs)\n"
+    )
     small = ("op", "--scale", "0.08", "--rounds", "2", "--kinds", "10 %", "decoder 300")
     done = benchmark(*small, "--peer", f"mine={peer}:same", "--json", str(tmp_path / "op.json"))
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "op.json").read_text())
     names = {(r["task"], r["name"]) for r in found["results"]}
-    assert {("attention", "mine"), ("attention", "grid_sample"), ("key-aware", "this package"),
-            ("fused", "eager preparation"), ("attention-map splat", "scatter_add")} <= names
+    assert {
+        ("attention", "mine"),
+        ("attention", "grid_sample"),
+        ("key-aware", "this package"),
+        ("fused", "eager preparation"),
+        ("attention-map splat", "scatter_add"),
+    } <= names
     assert all(len(r["seconds"]) == 2 and min(r["seconds"]) > 0 for r in found["results"])
-    memory = {r["name"]: r["peak_bytes"] for r in found["results"]
-              if (r["task"], r["kind"], r["direction"]) == ("key-aware", "decoder 300", "backward")}
+    memory = {
+        r["name"]: r["peak_bytes"]
+        for r in found["results"]
+        if (r["task"], r["kind"], r["direction"]) == ("key-aware", "decoder 300", "backward")
+    }
     assert 0 < 4 * memory["this package"] < memory["grid_sample"]
     assert "faster by" in done.stdout and "x (" in done.stdout
 
@@ -46,18 +59,33 @@ def test_operators_and_a_peer(tmp_path):
 
 def test_models_and_a_peer(tmp_path):
     peer = tmp_path / "peer.py"
-    peer.write_text(
-        "import torch\n"
-        "def build():\n"
-        "    return torch.nn.Conv2d(3, 8, 3).eval()\n")
-    done = benchmark("model", "dense=quick/deformable_detr_shapes",
-                     "sparse=quick/sparse_detr_shapes model.transformer.encoder.keep_ratio=0.1",
-                     "--train", "--size", "96x128", "--rounds", "2", "--threads", "1",
-                     "--peer", f"mine={peer}:build", "--json", str(tmp_path / "model.json"))
+    peer.write_text("import torch\ndef build():\n    return torch.nn.Conv2d(3, 8, 3).eval()\n")
+    done = benchmark(
+        "model",
+        "dense=quick/deformable_detr_shapes",
+        "sparse=quick/sparse_detr_shapes model.transformer.encoder.keep_ratio=0.1",
+        "--train",
+        "--size",
+        "96x128",
+        "--rounds",
+        "2",
+        "--threads",
+        "1",
+        "--peer",
+        f"mine={peer}:build",
+        "--json",
+        str(tmp_path / "model.json"),
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "model.json").read_text())["results"]
     assert {(r["part"], r["name"]) for r in found} == {
-        ("model", "dense"), ("model", "sparse"), ("model", "mine"), ("encoder", "dense"),
-        ("encoder", "sparse"), ("training step", "dense"), ("training step", "sparse")}
+        ("model", "dense"),
+        ("model", "sparse"),
+        ("model", "mine"),
+        ("encoder", "dense"),
+        ("encoder", "sparse"),
+        ("training step", "dense"),
+        ("training step", "sparse"),
+    }
     memory = {r["name"]: r["peak_bytes"] for r in found if r["part"] == "training step"}
     assert memory["dense"] > 1e6 and memory["sparse"] > 1e6

@@ -53,10 +53,21 @@ def test_check_data_tells_sound_from_broken(data, tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize("source", ["annotation", "dataloader"])
 def test_visualize_data_writes_pictures(source, data, tmp_path, monkeypatch, capsys):
     call(
-        monkeypatch, "visualize_data", "--config-file", ROOT / "tests" / "engine" / "tiny_own.py",
-        "--source", source, "--output", tmp_path, "--num", 3, "--width", 200,
-        f"data.train_json={data}/train.json", f"data.train_images={data}/train",
-    )  # fmt: skip
+        monkeypatch,
+        "visualize_data",
+        "--config-file",
+        ROOT / "tests" / "engine" / "tiny_own.py",
+        "--source",
+        source,
+        "--output",
+        tmp_path,
+        "--num",
+        3,
+        "--width",
+        200,
+        f"data.train_json={data}/train.json",
+        f"data.train_images={data}/train",
+    )
     written = capsys.readouterr().out.split()
     assert len(written) == 3 == len(list(tmp_path.iterdir()))
     assert all(Image.open(path).width == pytest.approx(200, abs=1) for path in written)
@@ -75,8 +86,18 @@ def test_visualize_data_takes_several_sets(source, data, tmp_path, monkeypatch, 
         "names = ['test_tools_train', 'test_tools_val']\n"
         "cfg.dataloader.train.dataset = L(registered_dataset)(names=names)\n"
     )
-    call(monkeypatch, "visualize_data", "--config-file", tmp_path / "two.py", "--source", source,
-         "--output", tmp_path / "pictures", "--num", 6)  # fmt: skip
+    call(
+        monkeypatch,
+        "visualize_data",
+        "--config-file",
+        tmp_path / "two.py",
+        "--source",
+        source,
+        "--output",
+        tmp_path / "pictures",
+        "--num",
+        6,
+    )
     assert len(capsys.readouterr().out.split()) == 6
 
 

@@ -51,8 +51,22 @@ def images(tmp_path):
 
 def test_a_folder_becomes_pictures_and_coco_json(run_folder, images, tmp_path, capsys):
     found, pictures = tmp_path / "found.json", tmp_path / "pictures"
-    arguments = ["--run", str(run_folder), "--input", str(images), "--output", str(pictures),
-                 "--json", str(found), "--threshold", "0", "--device", "cpu", "--keep-ratio", "0.5"]
+    arguments = [
+        "--run",
+        str(run_folder),
+        "--input",
+        str(images),
+        "--output",
+        str(pictures),
+        "--json",
+        str(found),
+        "--threshold",
+        "0",
+        "--device",
+        "cpu",
+        "--keep-ratio",
+        "0.5",
+    ]
     demo.main(arguments)
     assert "in 2 images" in capsys.readouterr().out
     assert sorted(p.name for p in pictures.iterdir()) == ["a.png", "b.jpg"]
@@ -61,7 +75,10 @@ def test_a_folder_becomes_pictures_and_coco_json(run_folder, images, tmp_path, c
     coco = json.loads(found.read_text())
     assert coco["images"][0] == {"id": 1, "file_name": "a.png", "height": 40, "width": 60}
     assert coco["categories"] == [
-        {"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 3, "name": "cow"}]
+        {"id": 1, "name": "cat"},
+        {"id": 2, "name": "dog"},
+        {"id": 3, "name": "cow"},
+    ]
     predict = sparse_detr.Predictor(str(run_folder), device="cpu", keep_ratio=0.5)
     expected = predict(np.asarray(Image.open(images / "a.png"))[:, :, ::-1])["instances"]
     first = [x for x in coco["annotations"] if x["image_id"] == 1]
@@ -73,8 +90,18 @@ def test_a_folder_becomes_pictures_and_coco_json(run_folder, images, tmp_path, c
 
 def test_the_json_alone_writes_no_picture(run_folder, images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = ["--run", str(run_folder), "--input", str(images / "*.png"), "--json", "found.json",
-                 "--confidence-threshold", "0.999", "--device", "cpu"]
+    arguments = [
+        "--run",
+        str(run_folder),
+        "--input",
+        str(images / "*.png"),
+        "--json",
+        "found.json",
+        "--confidence-threshold",
+        "0.999",
+        "--device",
+        "cpu",
+    ]
     demo.main(arguments)
     coco = json.loads(Path("found.json").read_text())
     assert [x["file_name"] for x in coco["images"]] == ["a.png"] and coco["annotations"] == []
@@ -93,8 +120,7 @@ def test_inputs_are_found_once_and_missing_ones_are_named(images, tmp_path):
 
 @pytest.fixture
 def film(tmp_path):
-    writer = cv2.VideoWriter(
-        str(tmp_path / "film.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 5, (64, 48))
+    writer = cv2.VideoWriter(str(tmp_path / "film.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 5, (64, 48))
     for index in range(3):
         writer.write(np.full((48, 64, 3), 80 * index, np.uint8))
     writer.release()
@@ -103,8 +129,18 @@ def film(tmp_path):
 
 def test_a_video_becomes_a_video(run_folder, film, tmp_path):
     output, found = tmp_path / "drawn", tmp_path / "found.json"
-    arguments = ["--run", str(run_folder), "--video-input", str(film), "--output", str(output),
-                 "--json", str(found), "--device", "cpu"]
+    arguments = [
+        "--run",
+        str(run_folder),
+        "--video-input",
+        str(film),
+        "--output",
+        str(output),
+        "--json",
+        str(found),
+        "--device",
+        "cpu",
+    ]
     demo.main(arguments)
     drawn = cv2.VideoCapture(str(output / "film.mp4"))
     assert drawn.get(cv2.CAP_PROP_FRAME_COUNT) == 3 and drawn.get(cv2.CAP_PROP_FRAME_WIDTH) == 64
@@ -131,8 +167,20 @@ def test_what_was_found_before_an_interruption_is_written(run_folder, images, tm
     found = tmp_path / "found.json"
     monkeypatch.setattr(demo.Image.Image, "save", mock.Mock(side_effect=[None, KeyboardInterrupt]))
     with pytest.raises(KeyboardInterrupt):
-        demo.main(["--run", str(run_folder), "--input", str(images), "--device", "cpu",
-                   "--output", str(tmp_path / "drawn"), "--json", str(found)])
+        demo.main(
+            [
+                "--run",
+                str(run_folder),
+                "--input",
+                str(images),
+                "--device",
+                "cpu",
+                "--output",
+                str(tmp_path / "drawn"),
+                "--json",
+                str(found),
+            ]
+        )
     assert [x["file_name"] for x in json.loads(found.read_text())["images"]] == ["a.png", "b.jpg"]
 
 
@@ -160,8 +208,18 @@ def test_inputs_are_never_overwritten_and_broken_ones_are_skipped(
 
 def test_pictures_of_files_that_pil_cannot_write_are_png(run_folder, images, tmp_path):
     (images / "b.jpg").rename(images / "b.jpg.part")
-    demo.main(["--run", str(run_folder), "--input", str(images / "*"), "--device", "cpu",
-               "--output", str(tmp_path / "drawn")])
+    demo.main(
+        [
+            "--run",
+            str(run_folder),
+            "--input",
+            str(images / "*"),
+            "--device",
+            "cpu",
+            "--output",
+            str(tmp_path / "drawn"),
+        ]
+    )
     assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["a.png", "b.jpg.part.png"]
 
 

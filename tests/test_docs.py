@@ -158,9 +158,11 @@ def test_commands_are_read_as_a_shell_would(tmp_path, monkeypatch):
         "run --machine-rank 0\nrun --machine-rank 1\n```\n```text\nnor this\n```\n```python\nx = 1\n```\n"
     )
     assert list(run_docs.commands(page)) == [
-        (1, "python a.py"), (4, "python b.py --x 'y z'"), (6, "run --machine-rank 0"),
+        (1, "python a.py"),
+        (4, "python b.py --x 'y z'"),
+        (6, "run --machine-rank 0"),
         (7, "run --machine-rank 1"),
-    ]  # fmt: skip
+    ]
     assert run_docs.program(page).splitlines()[12:] == ["x = 1"]
     *_, machines, _ = run_docs.jobs(page)  # of two machines at once, and last the Python blocks
     assert machines.commands == ["run --machine-rank 0", "run --machine-rank 1"]

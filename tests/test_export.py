@@ -77,9 +77,7 @@ def test_one_compiled_graph_serves_all_sizes():
     """Of Focus-DETR, whose numbers of tokens depend on the size in the most ways."""
     detector = model("focus")
     torch._dynamo.reset()
-    compiled = torch.compile(
-        export.TensorDetector(detector), backend="eager", fullgraph=True, dynamic=True
-    )
+    compiled = torch.compile(export.TensorDetector(detector), backend="eager", fullgraph=True, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert_same(compiled, detector, (TRACED, *OTHERS))
 

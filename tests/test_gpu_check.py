@@ -14,9 +14,11 @@ SCRIPT = ROOT / "tools" / "gpu_check.sh"
 
 def rehearse(target, *arguments):
     done = subprocess.run(
-        [SCRIPT, "--dry-run", *arguments], capture_output=True, text=True,
+        [SCRIPT, "--dry-run", *arguments],
+        capture_output=True,
+        text=True,
         env={**os.environ, "OUT": str(target), "PYTHON": sys.executable},
-    )  # fmt: skip
+    )
     summary = json.loads((target / "gpu_check.json").read_text())
     return done, {x["name"]: x for x in summary["stages"]}, summary
 
@@ -27,10 +29,16 @@ def test_rehearsal(tmp_path):
     done, stages, summary = rehearse(tmp_path, "--skip", "build,op_bf16,model")
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()
     assert {n: x["state"] for n, x in stages.items()} == {
-        "machine": "passed", "packages": stages["packages"]["state"], "tests": "passed",
-        "targets": "passed", "micro": stages["micro"]["state"], "peers": "skipped", "op": "passed",
-        "memcheck": "passed", "racecheck": "skipped",
-    }  # fmt: skip
+        "machine": "passed",
+        "packages": stages["packages"]["state"],
+        "tests": "passed",
+        "targets": "passed",
+        "micro": stages["micro"]["state"],
+        "peers": "skipped",
+        "op": "passed",
+        "memcheck": "passed",
+        "racecheck": "skipped",
+    }
     assert stages["micro"]["state"] == "passed" or "no nvcc" in stages["micro"]["last line"]
     assert summary["op"]["results"] and summary["targets"]["results"]
     assert not any(x["verdict"] for x in summary["targets"]["results"])  # a CPU meets no target

@@ -244,9 +244,7 @@ def test_failure_of_pip_is_explained(output, message):
 
 
 def test_failing_command_names_the_log(env):
-    with pytest.raises(
-        install_env.InstallError, match=r"oops(.|\n)*exit code 3(.|\n)*install\.log"
-    ):
+    with pytest.raises(install_env.InstallError, match=r"oops(.|\n)*exit code 3(.|\n)*install\.log"):
         install_env.run([sys.executable, "-c", "print('oops'); raise SystemExit(3)"], env)
     assert "oops" in env.log.read_text()
 
@@ -335,7 +333,9 @@ def test_report_finds_the_tools_that_the_build_finds(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
     (tmp_path / "cuda" / "bin").mkdir(parents=True)
     for tool, does in (
-        ("ccache", '"$@"'), ("g++", "echo g++ 12.2"), ("cuda/bin/nvcc", "echo release 13.0, V13"),
+        ("ccache", '"$@"'),
+        ("g++", "echo g++ 12.2"),
+        ("cuda/bin/nvcc", "echo release 13.0, V13"),
     ):
         (tmp_path / tool).write_text(f"#!/bin/sh\n{does}\n")
         (tmp_path / tool).chmod(0o755)
@@ -350,9 +350,7 @@ def test_report_on_an_outdated_package(monkeypatch):
     monkeypatch.setattr(check_install, "installed_version", lambda n: fake.get(n) or real(n))
     report = check_install.Report()
     check_install.check_requirements(report)
-    assert [p["what"] for p in report.problems] == [
-        "torch 2.1.0 is installed, torch>=2.6 is needed"
-    ]
+    assert [p["what"] for p in report.problems] == ["torch 2.1.0 is installed, torch>=2.6 is needed"]
     assert not report.ok
 
 
@@ -401,9 +399,7 @@ def imports_all_parts(folder, cwd):
     code += "print(sparse_detr.__file__, *k.__path__, *c.__path__)"
     settings = {**os.environ, "PYTHONPATH": str(folder)}
     command = [sys.executable, "-W", "ignore", "-c", code]
-    output = subprocess.run(
-        command, cwd=cwd, env=settings, check=True, capture_output=True, text=True
-    ).stdout
+    output = subprocess.run(command, cwd=cwd, env=settings, check=True, capture_output=True, text=True).stdout
     top = folder if folder.name == "installed" else folder.parent
     for path in output.split():
         assert Path(path).is_relative_to(top), output

@@ -41,7 +41,11 @@ def test_the_recorded_decoder_attention_is_that_of_training():
 def test_every_pixel_shows_the_cell_it_lies_in():
     level = np.array([[1, 2, 3], [4, 5, 6]])
     assert overlays.enlarge(level, (4, 6)).tolist() == [
-        [1, 1, 2, 2, 3, 3], [1, 1, 2, 2, 3, 3], [4, 4, 5, 5, 6, 6], [4, 4, 5, 5, 6, 6]]
+        [1, 1, 2, 2, 3, 3],
+        [1, 1, 2, 2, 3, 3],
+        [4, 4, 5, 5, 6, 6],
+        [4, 4, 5, 5, 6, 6],
+    ]
 
 
 def test_kept_cells_keep_their_colours():
@@ -59,9 +63,13 @@ def test_pixels_are_the_brighter_the_more_levels_keep_them():
     assert picture[15, 15, 0] == 130 and picture[35, 55, 0] == 60
 
 
-@pytest.mark.parametrize(("config", "rows"), [
-    (SPARSE, 3), ("deformable_detr/deformable_detr_r50_50ep", 1),
-])
+@pytest.mark.parametrize(
+    ("config", "rows"),
+    [
+        (SPARSE, 3),
+        ("deformable_detr/deformable_detr_r50_50ep", 1),
+    ],
+)
 def test_a_sheet_has_a_row_per_quantity_and_a_column_per_level(config, rows):
     output = run(tiny_model(config).eval(), [sample(64, 96, annotated=False)])
     image = np.zeros((32, 48, 3), np.uint8)
@@ -79,9 +87,18 @@ def test_a_batch_is_refused():
 
 def test_the_tool_writes_a_picture(tmp_path, monkeypatch):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)).save(
-        tmp_path / "noise.png")
-    arguments = ["--config-file", "quick/deformable_detr_shapes", "--width", "120",
-                 "--input", str(tmp_path / "noise.png"), "--output", str(tmp_path)]
+        tmp_path / "noise.png"
+    )
+    arguments = [
+        "--config-file",
+        "quick/deformable_detr_shapes",
+        "--width",
+        "120",
+        "--input",
+        str(tmp_path / "noise.png"),
+        "--output",
+        str(tmp_path),
+    ]
     monkeypatch.setattr(sys, "argv", ["visualize_tokens.py", *arguments])
     tool.main()
     assert Image.open(tmp_path / "noise_tokens.png").size == (4 * 120 + 3 * 6, 90 + 18)

@@ -37,9 +37,10 @@ def files(data, *splits):
         override
         for split in splits
         for override in (
-            f"data.{split}_json={data}/{split}.json", f"data.{split}_images={data}/{split}",
+            f"data.{split}_json={data}/{split}.json",
+            f"data.{split}_images={data}/{split}",
         )
-    ]  # fmt: skip
+    ]
 
 
 def run(output_dir, *arguments, config=TINY):
@@ -79,9 +80,12 @@ def test_evaluation_needs_no_training_data(finished, data, tmp_path):
     folder, results = finished
     weights = f"train.init_checkpoint={folder / 'model_final.pth'}"
     again = run(
-        tmp_path / "a", "--eval-only", weights, "data.train_json=/nowhere.json",
+        tmp_path / "a",
+        "--eval-only",
+        weights,
+        "data.train_json=/nowhere.json",
         config=folder / "config.yaml",
-    )  # fmt: skip
+    )
     assert again["bbox"] == pytest.approx(results["bbox"], nan_ok=True)
     again = run(tmp_path / "b", "--eval-only", weights, *files(data, "val"))
     assert again["bbox"] == pytest.approx(results["bbox"], nan_ok=True)
@@ -128,9 +132,12 @@ def test_other_classes_than_those_learned_cannot_be_evaluated(finished, data, tm
     (tmp_path / "val.json").write_text(json.dumps(coco))
     with pytest.raises(ValueError, match="class 1 is 'pyramid' instead of 'triangle'"):
         run(
-            tmp_path / "run", "--eval-only", f"data.val_json={tmp_path / 'val.json'}",
-            f"train.init_checkpoint={folder / 'model_final.pth'}", config=folder / "config.yaml",
-        )  # fmt: skip
+            tmp_path / "run",
+            "--eval-only",
+            f"data.val_json={tmp_path / 'val.json'}",
+            f"train.init_checkpoint={folder / 'model_final.pth'}",
+            config=folder / "config.yaml",
+        )
 
 
 def with_categories(data, split, path, change):

@@ -42,8 +42,7 @@ def test_predictor_runs_from_an_output_folder(run_folder):
 
 def test_a_batch_gives_what_single_images_give(run_folder):
     predict = sparse_detr.Predictor(str(run_folder), device="cpu")
-    images = [np.random.default_rng(i).integers(0, 255, (64, 80, 3), dtype=np.uint8)
-              for i in range(2)]
+    images = [np.random.default_rng(i).integers(0, 255, (64, 80, 3), dtype=np.uint8) for i in range(2)]
     for alone, together in zip(map(predict, images), predict(images)):
         torch.testing.assert_close(alone["instances"].scores, together["instances"].scores)
 
@@ -91,9 +90,13 @@ def shrunk(cfg, **kwargs):
     return cfg
 
 
-@pytest.mark.parametrize("config", [
-    "sparse_detr/sparse_detr_r50_30_50ep", "focus_detr/focus_detr_r50_4scale_12ep",
-])
+@pytest.mark.parametrize(
+    "config",
+    [
+        "sparse_detr/sparse_detr_r50_30_50ep",
+        "focus_detr/focus_detr_r50_4scale_12ep",
+    ],
+)
 def test_the_keep_ratio_is_a_run_time_choice(config):
     cfg, image = shrunk(sparse_detr.get_config(config)), np.zeros((64, 80, 3), np.uint8)
     predict = sparse_detr.Predictor(cfg, device="cpu", keep_ratio=0.2)
@@ -118,14 +121,17 @@ def test_mixed_precision(run_folder):
     torch.testing.assert_close(scores, exact, rtol=0.1, atol=0.01)
 
 
-@pytest.mark.parametrize(("image", "message"), [
-    (np.zeros((5, 5), np.uint8), r"\(H, W, 3\).*\(5, 5\)"),
-    (np.zeros((5, 5, 3), np.float32), "uint8.*float32"),
-    (np.zeros((5, 0, 3), np.uint8), r"shape \(5, 0, 3\)"),  # such as a crop outside the image
-    (None, "NoneType; cv2.imread returns None"),
-    ("image.jpg", "numpy array, got str"),
-    (torch.zeros(3, 5, 5), "numpy array, got Tensor"),
-])
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((5, 5), np.uint8), r"\(H, W, 3\).*\(5, 5\)"),
+        (np.zeros((5, 5, 3), np.float32), "uint8.*float32"),
+        (np.zeros((5, 0, 3), np.uint8), r"shape \(5, 0, 3\)"),  # such as a crop outside the image
+        (None, "NoneType; cv2.imread returns None"),
+        ("image.jpg", "numpy array, got str"),
+        (torch.zeros(3, 5, 5), "numpy array, got Tensor"),
+    ],
+)
 def test_wrong_input_is_named(run_folder, image, message):
     with pytest.raises(ValueError, match=message):
         sparse_detr.Predictor(str(run_folder), device="cpu")(image)
@@ -147,7 +153,8 @@ def test_a_run_is_its_folder_by_name_or_path(run_folder):
     predict = sparse_detr.Predictor(str(run_folder), device="cpu")
     weights = predict.model.transformer.heads.class_heads[0].weight
     for config, file in (
-        (Path(run_folder), ""), (run_folder / "config.yaml", run_folder / "model_final.pth"),
+        (Path(run_folder), ""),
+        (run_folder / "config.yaml", run_folder / "model_final.pth"),
     ):
         model = sparse_detr.build_model(config, file, device="cpu")
         assert torch.equal(model.transformer.heads.class_heads[0].weight, weights)

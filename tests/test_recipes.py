@@ -20,47 +20,226 @@ COCO, COCO_WITH_OBJECTS = 118287, 117266  # training images: all, and with an ob
 # position temperature, offset | class weight, detections per image
 RECIPES = {
     # fundamentalvision/Deformable-DETR: defaults of main.py, README (batch)
-    "deformable_detr/deformable_detr_r50_50ep":
-        (32, 2e-4, 50, [40], True, 0.5, 1024, 0.1, 300, 10000, -0.5, 2, 100),
-    "deformable_detr/deformable_detr_r50_two_stage_50ep":
-        (32, 2e-4, 50, [40], True, 0.5, 1024, 0.1, 300, 10000, -0.5, 2, 100),
+    "deformable_detr/deformable_detr_r50_50ep": (
+        32,
+        2e-4,
+        50,
+        [40],
+        True,
+        0.5,
+        1024,
+        0.1,
+        300,
+        10000,
+        -0.5,
+        2,
+        100,
+    ),
+    "deformable_detr/deformable_detr_r50_two_stage_50ep": (
+        32,
+        2e-4,
+        50,
+        [40],
+        True,
+        0.5,
+        1024,
+        0.1,
+        300,
+        10000,
+        -0.5,
+        2,
+        100,
+    ),
     # kakaobrain/sparse-detr: defaults of main.py, scale_learning_rate (batch), configs/*.sh
-    "deformable_detr/deformable_detr_r50_efficient_50ep":
-        (16, 2e-4, 50, [40], True, 0.5, 1024, 0.1, 300, 10000, -0.5, 2, 100),
-    "sparse_detr/sparse_detr_r50_10_50ep":
-        (16, 2e-4, 50, [40], True, 0.5, 1024, 0.1, 300, 10000, -0.5, 2, 100),
-    "sparse_detr/sparse_detr_swint_30_50ep":
-        (16, 2e-4, 50, [40], True, 0.5, 1024, 0.1, 300, 10000, -0.5, 2, 100),
+    "deformable_detr/deformable_detr_r50_efficient_50ep": (
+        16,
+        2e-4,
+        50,
+        [40],
+        True,
+        0.5,
+        1024,
+        0.1,
+        300,
+        10000,
+        -0.5,
+        2,
+        100,
+    ),
+    "sparse_detr/sparse_detr_r50_10_50ep": (
+        16,
+        2e-4,
+        50,
+        [40],
+        True,
+        0.5,
+        1024,
+        0.1,
+        300,
+        10000,
+        -0.5,
+        2,
+        100,
+    ),
+    "sparse_detr/sparse_detr_swint_30_50ep": (
+        16,
+        2e-4,
+        50,
+        [40],
+        True,
+        0.5,
+        1024,
+        0.1,
+        300,
+        10000,
+        -0.5,
+        2,
+        100,
+    ),
     # HDETR/H-Deformable-DETR: *_hybrid_branch_lambda1_group6_t1500_dp0_mqs_lft_*.sh, README
-    "h_deformable_detr/h_deformable_detr_r50_12ep":
-        (16, 2e-4, 12, [11], True, 0.5, 2048, 0.0, 300, 10000, -0.5, 2, 100),
-    "h_deformable_detr/h_deformable_detr_swint_36ep":
-        (16, 2e-4, 36, [30], True, 0.5, 2048, 0.0, 300, 10000, -0.5, 2, 100),
+    "h_deformable_detr/h_deformable_detr_r50_12ep": (
+        16,
+        2e-4,
+        12,
+        [11],
+        True,
+        0.5,
+        2048,
+        0.0,
+        300,
+        10000,
+        -0.5,
+        2,
+        100,
+    ),
+    "h_deformable_detr/h_deformable_detr_swint_36ep": (
+        16,
+        2e-4,
+        36,
+        [30],
+        True,
+        0.5,
+        2048,
+        0.0,
+        300,
+        10000,
+        -0.5,
+        2,
+        100,
+    ),
     # IDEA-Research/detrex: projects/dino/configs, configs/common
-    "dino/dino_r50_4scale_12ep":
-        (16, 1e-4, 12, [11], False, 0.5, 2048, 0.0, 900, 10000, -0.5, 1, 300),
-    "dino/dino_r50_4scale_24ep":
-        (16, 1e-4, 24, [20], True, 0.5, 2048, 0.0, 900, 20, 0.0, 1, 300),
-    "dino/dino_swin_large_384_5scale_36ep":
-        (16, 1e-4, 36, [30], False, 0.5, 2048, 0.0, 900, 10000, -0.5, 1, 300),
+    "dino/dino_r50_4scale_12ep": (16, 1e-4, 12, [11], False, 0.5, 2048, 0.0, 900, 10000, -0.5, 1, 300),
+    "dino/dino_r50_4scale_24ep": (16, 1e-4, 24, [20], True, 0.5, 2048, 0.0, 900, 20, 0.0, 1, 300),
+    "dino/dino_swin_large_384_5scale_36ep": (
+        16,
+        1e-4,
+        36,
+        [30],
+        False,
+        0.5,
+        2048,
+        0.0,
+        900,
+        10000,
+        -0.5,
+        1,
+        300,
+    ),
     # IDEA-Research/DINO: config/DINO/DINO_4scale.py, scripts/DINO_train_dist.sh
-    "dino/dino_official_r50_4scale_12ep":
-        (16, 1e-4, 12, [11], True, 0.5, 2048, 0.0, 900, 20, 0.0, 1, 300),
+    "dino/dino_official_r50_4scale_12ep": (16, 1e-4, 12, [11], True, 0.5, 2048, 0.0, 900, 20, 0.0, 1, 300),
     # IDEA-Research/Lite-DETR: config/DINO/DINO_4scale.py; the paper for Swin-T
-    "lite_detr/lite_dino_r50_h3l1_2p1x3_36ep":
-        (16, 1e-4, 36, [30], True, 0.5, 2048, 0.0, 900, 20, 0.0, 1, 300),
-    "lite_detr/lite_dino_swint_h3l1_2p1x3_36ep":
-        (16, 1e-4, 36, [30], True, 0.5, 2048, 0.0, 900, 20, 0.0, 1, 300),
+    "lite_detr/lite_dino_r50_h3l1_2p1x3_36ep": (
+        16,
+        1e-4,
+        36,
+        [30],
+        True,
+        0.5,
+        2048,
+        0.0,
+        900,
+        20,
+        0.0,
+        1,
+        300,
+    ),
+    "lite_detr/lite_dino_swint_h3l1_2p1x3_36ep": (
+        16,
+        1e-4,
+        36,
+        [30],
+        True,
+        0.5,
+        2048,
+        0.0,
+        900,
+        20,
+        0.0,
+        1,
+        300,
+    ),
     # huawei-noah/noah-research, Focus-DETR: projects/focus_detr/configs, its data mapper (no crops)
-    "focus_detr/focus_detr_r50_4scale_12ep":
-        (16, 1e-4, 12, [11], False, 0.0, 2048, 0.0, 900, 10000, -0.5, 1, 300),
-    "focus_detr/focus_detr_r50_4scale_36ep":
-        (16, 1e-4, 36, [20], False, 0.0, 2048, 0.0, 900, 20, 0.0, 1, 300),
-    "focus_detr/focus_detr_r101_4scale_36ep":
-        (16, 1e-4, 36, [28, 33.333], False, 0.0, 2048, 0.0, 900, 20, 0.0, 1, 300),
-    "focus_detr/focus_detr_swin_tiny_224_4scale_36ep":
-        (16, 1e-4, 36, [30], False, 0.0, 2048, 0.0, 900, 10000, -0.5, 1, 300),
-}  # fmt: skip
+    "focus_detr/focus_detr_r50_4scale_12ep": (
+        16,
+        1e-4,
+        12,
+        [11],
+        False,
+        0.0,
+        2048,
+        0.0,
+        900,
+        10000,
+        -0.5,
+        1,
+        300,
+    ),
+    "focus_detr/focus_detr_r50_4scale_36ep": (
+        16,
+        1e-4,
+        36,
+        [20],
+        False,
+        0.0,
+        2048,
+        0.0,
+        900,
+        20,
+        0.0,
+        1,
+        300,
+    ),
+    "focus_detr/focus_detr_r101_4scale_36ep": (
+        16,
+        1e-4,
+        36,
+        [28, 33.333],
+        False,
+        0.0,
+        2048,
+        0.0,
+        900,
+        20,
+        0.0,
+        1,
+        300,
+    ),
+    "focus_detr/focus_detr_swin_tiny_224_4scale_36ep": (
+        16,
+        1e-4,
+        36,
+        [30],
+        False,
+        0.0,
+        2048,
+        0.0,
+        900,
+        10000,
+        -0.5,
+        1,
+        300,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -69,12 +248,20 @@ def test_recipe(name):
     model, data = cfg.model, cfg.dataloader.train
     layer = model.transformer.decoder.layer
     assert RECIPES[name] == (
-        data.total_batch_size, cfg.optimizer.lr, cfg.train.epochs, cfg.lr_multiplier.milestones,
-        not data.dataset.filter_empty, data.mapper.augmentations.get("crop_prob", 0.5),
-        layer.ffn_dim, layer.dropout, model.transformer.query_selection.num_queries,
-        model.transformer.position.temperature, model.transformer.position.offset,
-        model.criterion.weight_class, model.max_detections,
-    )  # fmt: skip
+        data.total_batch_size,
+        cfg.optimizer.lr,
+        cfg.train.epochs,
+        cfg.lr_multiplier.milestones,
+        not data.dataset.filter_empty,
+        data.mapper.augmentations.get("crop_prob", 0.5),
+        layer.ffn_dim,
+        layer.dropout,
+        model.transformer.query_selection.num_queries,
+        model.transformer.position.temperature,
+        model.transformer.position.offset,
+        model.criterion.weight_class,
+        model.max_detections,
+    )
     # what all of them share
     assert cfg.train.clip_grad == {"enabled": True, "max_norm": 0.1}
     assert cfg.optimizer.weight_decay == 1e-4 and cfg.optimizer.betas == [0.9, 0.999]
@@ -90,13 +277,15 @@ def test_recipe(name):
 GROUPS = {
     ("deformable_detr/deformable_detr_r50_50ep", 91): {(2e-5, 1e-4): 24022530, (2e-4, 1e-4): 15824735},
     ("sparse_detr/sparse_detr_r50_10_50ep", 91): {(2e-5, 1e-4): 24022016, (2e-4, 1e-4): 17692789},
-    ("dino/dino_r50_4scale_12ep", 80):
-        {(1e-5, 1e-4): 23445504, (1e-4, 1e-4): 24176972, (1e-4, 0.0): 18432},
+    ("dino/dino_r50_4scale_12ep", 80): {(1e-5, 1e-4): 23445504, (1e-4, 1e-4): 24176972, (1e-4, 0.0): 18432},
     ("dino/dino_official_r50_4scale_12ep", 91): {(1e-5, 1e-4): 23232512, (1e-4, 1e-4): 23438270},
-    ("focus_detr/focus_detr_r50_4scale_12ep", 80):
-        {(1e-5, 1e-4): 23445504, (1e-4, 1e-4): 25862992, (1e-4, 0.0): 22016},
+    ("focus_detr/focus_detr_r50_4scale_12ep", 80): {
+        (1e-5, 1e-4): 23445504,
+        (1e-4, 1e-4): 25862992,
+        (1e-4, 0.0): 22016,
+    },
     ("lite_detr/lite_dino_r50_h3l1_2p1x3_36ep", 91): {(1e-5, 1e-4): 23232512, (1e-4, 1e-4): 24229310},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("name", "num_classes"), GROUPS)

@@ -69,9 +69,15 @@ def test_a_run_leaves_what_detectron2_users_look_for(finished):
     folder, results = finished
     names = {f.name for f in folder.iterdir()}
     assert {
-        "log.txt", "metrics.json", "config.yaml", "last_checkpoint", "inference",
-        "model_0000002.pth", "model_0000005.pth", "model_final.pth",
-    } <= names  # fmt: skip
+        "log.txt",
+        "metrics.json",
+        "config.yaml",
+        "last_checkpoint",
+        "inference",
+        "model_0000002.pth",
+        "model_0000005.pth",
+        "model_final.pth",
+    } <= names
     assert (folder / "inference" / "coco_instances_results.json").is_file()
     rows = metrics(folder)
     assert "bbox/AP" in rows[3] and "bbox/AP" in rows[6]  # after 4 iterations, and at the end

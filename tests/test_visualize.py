@@ -31,11 +31,7 @@ def test_detections_below_the_threshold_are_not_drawn():
 
 
 def test_ground_truth_is_drawn_where_it_is():
-    record = {
-        "annotations": [
-            {"bbox": [10, 12, 20, 16], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1}
-        ]
-    }
+    record = {"annotations": [{"bbox": [10, 12, 20, 16], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1}]}
     picture = draw_ground_truth(IMAGE, record, METADATA, scale=2)
     assert picture.shape == (80, 120, 3)
     x0, y0, x1, y1 = changed(picture)

@@ -39,7 +39,12 @@ def shapes(tmp_path_factory):
 
 def test_one_file_per_method():
     assert {config(name).MODEL.META_ARCHITECTURE for name in FILES} == {
-        "DeformableDETR", "DINO", "SparseDETR", "FocusDETR", "LiteDETR"}
+        "DeformableDETR",
+        "DINO",
+        "SparseDETR",
+        "FocusDETR",
+        "LiteDETR",
+    }
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -28,7 +28,7 @@ from sparse_detr.errors import told_in_one_line  # noqa: E402
 
 
 def image_size(text: str) -> tuple[int, int]:
-    """"800x1066" -> (800, 1066), height first."""
+    """ "800x1066" -> (800, 1066), height first."""
     height, width = (int(side) for side in text.lower().split("x"))
     return height, width
 
@@ -38,8 +38,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", required=True, metavar="FILE")
-    parser.add_argument("--size", type=image_size, default=(800, 1066), metavar="HxW",
-                        help="network input in pixels, height x width (default: 800x1066)")
+    parser.add_argument(
+        "--size",
+        type=image_size,
+        default=(800, 1066),
+        metavar="HxW",
+        help="network input in pixels, height x width (default: 800x1066)",
+    )
     parser.add_argument("--depth", type=int, default=2, help="levels of modules (default: 2)")
     parser.add_argument("--json", metavar="FILE", help="write all modules there")
     parser.add_argument("opts", nargs="*", help="config overrides, path.key=value")

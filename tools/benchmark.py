@@ -43,7 +43,8 @@ def image_size(text: str) -> tuple[int, int]:
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -52,14 +53,24 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     common.add_argument("--peer", action="append", default=[], metavar="NAME=WHERE:FUNCTION")
     common.add_argument("--json", metavar="FILE", help="write every measurement there")
     op = commands.add_parser("op", parents=[common], help="deformable attention")
-    op.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, metavar="KIND",
-                    help=f"which queries: {', '.join(KINDS)} (default: all)".replace("%", "%%"))
+    op.add_argument(
+        "--kinds",
+        nargs="+",
+        default=list(KINDS),
+        choices=KINDS,
+        metavar="KIND",
+        help=f"which queries: {', '.join(KINDS)} (default: all)".replace("%", "%%"),
+    )
     op.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     op.add_argument("--scale", type=float, default=1.0, help="shrink the maps' sides (for a trial)")
     op.add_argument("--compile", action="store_true", help="torch.compile the formulation as well")
     model = commands.add_parser("model", parents=[common], help="whole detectors")
-    model.add_argument("models", nargs="+", metavar="[NAME=]CONFIG [key=value ...]",
-                       help="a shipped config or a file, quoted together with its overrides")
+    model.add_argument(
+        "models",
+        nargs="+",
+        metavar="[NAME=]CONFIG [key=value ...]",
+        help="a shipped config or a file, quoted together with its overrides",
+    )
     model.add_argument("--size", type=image_size, default=(800, 1066), metavar="HxW")
     model.add_argument("--train", action="store_true", help="a training step too: time and memory")
     args = parser.parse_args(argv)
@@ -72,8 +83,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def machine(device: str) -> dict[str, str]:
-    found = {"torch": torch.__version__, "python": platform.python_version(),
-             "threads": str(torch.get_num_threads()), "capability": torch.backends.cpu.get_cpu_capability()}
+    found = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
     info = Path("/proc/cpuinfo")
     if info.exists():
         names = [x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x]
@@ -112,11 +127,26 @@ def benchmark_ops(args: argparse.Namespace) -> tuple[str, list[dict]]:
     for found in results:
         ours = found.timings[ops.OURS]
         for name, timing in found.timings.items():
-            rows.append([f"{found.task}, {found.kind}, {found.direction}", name,
-                         milliseconds(timing.best), milliseconds(timing.median),
-                         "" if timing is ours else ratio(ours, timing), megabytes(timing.memory)])
-            records.append({"task": found.task, "kind": found.kind, "direction": found.direction,
-                            "name": name, "seconds": timing.seconds, "peak_bytes": timing.memory})
+            rows.append(
+                [
+                    f"{found.task}, {found.kind}, {found.direction}",
+                    name,
+                    milliseconds(timing.best),
+                    milliseconds(timing.median),
+                    "" if timing is ours else ratio(ours, timing),
+                    megabytes(timing.memory),
+                ]
+            )
+            records.append(
+                {
+                    "task": found.task,
+                    "kind": found.kind,
+                    "direction": found.direction,
+                    "name": name,
+                    "seconds": timing.seconds,
+                    "peak_bytes": timing.memory,
+                }
+            )
     head = ["", "", "best ms", "median ms", "ours is faster by", "peak MB, both passes"]
     return markdown(head, rows), records
 
@@ -141,10 +171,25 @@ def benchmark_models(args: argparse.Namespace) -> tuple[str, list[dict]]:
             if timing is None:
                 continue
             against = "" if timing is base or base is None else ratio(timing, base)
-            rows.append([part, contender.name, f"{timing.best:.3f}", f"{timing.median:.3f}", against,
-                         megabytes(timing.memory)])
-            records.append({"part": part, "name": contender.name, "parameters": contender.parameters,
-                            "seconds": timing.seconds, "peak_bytes": timing.memory})
+            rows.append(
+                [
+                    part,
+                    contender.name,
+                    f"{timing.best:.3f}",
+                    f"{timing.median:.3f}",
+                    against,
+                    megabytes(timing.memory),
+                ]
+            )
+            records.append(
+                {
+                    "part": part,
+                    "name": contender.name,
+                    "parameters": contender.parameters,
+                    "seconds": timing.seconds,
+                    "peak_bytes": timing.memory,
+                }
+            )
     return markdown(["", "", "best s", "median s", f"faster than {names[0]}", "peak MB"], rows), records
 
 
@@ -156,9 +201,16 @@ def main() -> None:
     print(" · ".join(f"{k} {v}" for k, v in about.items()), "\n")
     print(table)
     if args.json:
-        Path(args.json).write_text(json.dumps(
-            {"machine": about, "arguments": {k: v for k, v in vars(args).items() if k != "json"},
-             "results": records}, indent=1))
+        Path(args.json).write_text(
+            json.dumps(
+                {
+                    "machine": about,
+                    "arguments": {k: v for k, v in vars(args).items() if k != "json"},
+                    "results": records,
+                },
+                indent=1,
+            )
+        )
 
 
 if __name__ == "__main__":

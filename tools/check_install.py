@@ -95,9 +95,7 @@ def check_requirements(report: Report) -> None:
                 report.problem(f"{name} is missing", pip_install(requirement))
             elif name == "setuptools":  # its version matters to detectron2.model_zoo alone
                 if not is_importable("pkg_resources"):
-                    what = (
-                        f"setuptools {version} breaks detectron2.model_zoo, which isn't used here"
-                    )
+                    what = f"setuptools {version} breaks detectron2.model_zoo, which isn't used here"
                     report.problem(what, pip_install(requirement), required=False)
             elif version and not is_satisfied(requirement, version):
                 what = f"{name} {version} is installed, {requirement} is needed"

@@ -78,8 +78,20 @@ def compile_source(source: Path, archs: list[int], folder: Path) -> tuple[Path, 
         subprocess.CalledProcessError: it does not compile (the message is on stderr).
     """
     target = folder / f"{source.stem}.o"
-    command = [find_nvcc(), "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v",
-               "-Xcompiler", "-fPIC", "-c", str(source), "-o", str(target)]  # fmt: skip
+    command = [
+        find_nvcc(),
+        "-std=c++17",
+        "-O3",
+        "--expt-relaxed-constexpr",
+        "-Xptxas",
+        "-v",
+        "-Xcompiler",
+        "-fPIC",
+        "-c",
+        str(source),
+        "-o",
+        str(target),
+    ]
     for arch in archs:
         command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -122,11 +134,12 @@ def parse_report(text: str) -> dict[tuple[int, str], Kernel]:
         spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
         shared = re.search(r"(\d+) bytes smem", part)
         kernels[int(arch), symbol] = Kernel(
-            arch=int(arch), name=short_name(symbol),
+            arch=int(arch),
+            name=short_name(symbol),
             registers=int(re.search(r"Used (\d+) registers", part)[1]),
             spilled_bytes=int(spilled[1]) + int(spilled[2]) if spilled else 0,
             shared_bytes=int(shared[1]) if shared else 0,
-        )  # fmt: skip
+        )
     return kernels
 
 
@@ -201,12 +214,16 @@ def report(archs: list[int], folder: Path) -> list[Kernel]:
 
 def print_table(kernels: list[Kernel]) -> None:
     print(f"{'':5} {'':58} {'bytes':>17} {'instructions per sample':>36}")
-    print(f"{'arch':5} {'kernel':58} {'regs':>4} {'spill':>5} {'shared':>6}"
-          f" {'gather':>8} {'sum':>8} {'prepare':>8} {'finish':>8}")  # fmt: skip
+    print(
+        f"{'arch':5} {'kernel':58} {'regs':>4} {'spill':>5} {'shared':>6}"
+        f" {'gather':>8} {'sum':>8} {'prepare':>8} {'finish':>8}"
+    )
     for k in kernels:
         counts = ("-" if x is None else f"{x:.1f}" for x in (k.gather, k.sum, k.prepare, k.finish))
-        print(f"sm_{k.arch} {k.name:58} {k.registers:4} {k.spilled_bytes:5} {k.shared_bytes:6} "
-              + " ".join(f"{x:>8}" for x in counts))  # fmt: skip
+        print(
+            f"sm_{k.arch} {k.name:58} {k.registers:4} {k.spilled_bytes:5} {k.shared_bytes:6} "
+            + " ".join(f"{x:>8}" for x in counts)
+        )
 
 
 def main() -> None:

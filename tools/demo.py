@@ -43,22 +43,19 @@ class Results:
 
     def __init__(self, predict: Predictor) -> None:
         ids = predict.metadata.get("thing_dataset_id_to_contiguous_id")
-        self.ids = ({v: k for k, v in ids.items()} if ids
-                    else {i: i + 1 for i in range(len(predict.class_names))})
+        self.ids = (
+            {v: k for k, v in ids.items()} if ids else {i: i + 1 for i in range(len(predict.class_names))}
+        )
         self.sections = {
             "images": [],
-            "categories": [
-                {"id": self.ids[i], "name": name} for i, name in enumerate(predict.class_names)
-            ],
+            "categories": [{"id": self.ids[i], "name": name} for i, name in enumerate(predict.class_names)],
             "annotations": [],
         }
 
     def add(self, file_name: str, instances) -> None:
         images, annotations = self.sections["images"], self.sections["annotations"]
         height, width = instances.image_size
-        images.append(
-            {"id": len(images) + 1, "file_name": file_name, "height": height, "width": width}
-        )
+        images.append({"id": len(images) + 1, "file_name": file_name, "height": height, "width": width})
         for found in instances_to_coco_json(instances.to("cpu"), len(images)):
             found["category_id"] = self.ids[found["category_id"]]
             area = found["bbox"][2] * found["bbox"][3]
@@ -103,8 +100,7 @@ def drawings(images: list[Path], video: Path | None, output: Path) -> dict[Path,
         UserError: that is the input itself.
     """
     targets = {
-        path: output / (path.name + ".png" * (path.suffix.lower() not in EXTENSIONS))
-        for path in images
+        path: output / (path.name + ".png" * (path.suffix.lower() not in EXTENSIONS)) for path in images
     }
     if video is not None:
         targets[video] = output / f"{video.stem}.mp4"
@@ -114,8 +110,7 @@ def drawings(images: list[Path], video: Path | None, output: Path) -> dict[Path,
     return targets
 
 
-def run_images(predict: Predictor, paths: list[Path], targets: dict[Path, Path],
-               results: Results) -> None:
+def run_images(predict: Predictor, paths: list[Path], targets: dict[Path, Path], results: Results) -> None:
     for path in tqdm(paths, unit="image"):
         try:
             image = read_image(str(path), "BGR")
@@ -154,8 +149,10 @@ def run_video(predict: Predictor, path: Path, target: Path | None, results: Resu
             )
             if writer is None:
                 writer = cv2.VideoWriter(
-                    str(target), cv2.VideoWriter_fourcc(*"mp4v"),
-                    video.get(cv2.CAP_PROP_FPS) or 25.0, picture.shape[1::-1],
+                    str(target),
+                    cv2.VideoWriter_fourcc(*"mp4v"),
+                    video.get(cv2.CAP_PROP_FPS) or 25.0,
+                    picture.shape[1::-1],
                 )
                 if not writer.isOpened():
                     raise UserError(f"{target}: OpenCV cannot write a video (codec mp4v) there")
@@ -174,19 +171,32 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--run", metavar="DIR", help="output folder of a run; its last checkpoint")
     source.add_argument("--config-file", metavar="FILE", help="a config or a shipped one's name")
     parser.add_argument("--weights", default="", metavar="FILE", help="a checkpoint")
-    parser.add_argument("--input", nargs="+", default=[], metavar="PATH",
-                        help="images, folders, globs")
+    parser.add_argument("--input", nargs="+", default=[], metavar="PATH", help="images, folders, globs")
     parser.add_argument("--video-input", metavar="FILE", help="a video (needs OpenCV)")
-    parser.add_argument("--output", metavar="DIR",
-                        help="folder for the pictures (default: output/pictures, or none if --json)")
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="folder for the pictures (default: output/pictures, or none if --json)",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the detections here")
-    parser.add_argument("--threshold", "--confidence-threshold", type=float, default=0.5,
-                        metavar="SCORE", help="lowest score shown (default: 0.5)")
-    parser.add_argument("--keep-ratio", type=float, metavar="RATIO",
-                        help="share of tokens the encoder refreshes, instead of the config's")
+    parser.add_argument(
+        "--threshold",
+        "--confidence-threshold",
+        type=float,
+        default=0.5,
+        metavar="SCORE",
+        help="lowest score shown (default: 0.5)",
+    )
+    parser.add_argument(
+        "--keep-ratio",
+        type=float,
+        metavar="RATIO",
+        help="share of tokens the encoder refreshes, instead of the config's",
+    )
     parser.add_argument("--device", default="auto", help='"cuda", "cpu" (default: the GPU if any)')
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY=VALUE",
-                        help="config overrides, path.key=value")
+    parser.add_argument(
+        "--opts", nargs="+", default=[], metavar="KEY=VALUE", help="config overrides, path.key=value"
+    )
     args = parser.parse_args(arguments)
     if not args.input and not args.video_input:
         parser.error("pass images by --input, or a video by --video-input")
@@ -200,8 +210,12 @@ def main(arguments: list[str] | None = None) -> None:
     output = Path(args.output or "output/pictures") if args.output or not args.json else None
     targets = {} if output is None else drawings(images, video, output)
     predict = Predictor(
-        args.run or args.config_file, args.weights, overrides=args.opts, device=args.device,
-        threshold=args.threshold, keep_ratio=args.keep_ratio,
+        args.run or args.config_file,
+        args.weights,
+        overrides=args.opts,
+        device=args.device,
+        threshold=args.threshold,
+        keep_ratio=args.keep_ratio,
     )
     for folder in filter(None, (output, args.json and Path(args.json).parent)):
         folder.mkdir(parents=True, exist_ok=True)

@@ -41,10 +41,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--config-file", metavar="FILE", help="a config or a shipped one's name")
     parser.add_argument("--weights", default="", metavar="FILE", help="a checkpoint")
     parser.add_argument("--output", default="model.onnx", metavar="FILE")
-    parser.add_argument("--size", type=size, default=(480, 640), metavar="HxW",
-                        help="of the traced image (default: 480x640)")
-    parser.add_argument("--keep-ratio", type=float, metavar="RATIO",
-                        help="share of tokens the encoder refreshes, instead of the config's")
+    parser.add_argument(
+        "--size", type=size, default=(480, 640), metavar="HxW", help="of the traced image (default: 480x640)"
+    )
+    parser.add_argument(
+        "--keep-ratio",
+        type=float,
+        metavar="RATIO",
+        help="share of tokens the encoder refreshes, instead of the config's",
+    )
     parser.add_argument("--fixed", action="store_true", help="accept only images of --size")
     parser.add_argument("--no-check", action="store_true", help="do not run onnxruntime")
     parser.add_argument("--tolerance", type=float, default=1e-2, help="(default: 0.01)")
@@ -55,8 +60,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # "Skipping constant folding", per layer
-    predict = Predictor(args.run or args.config_file, args.weights, overrides=args.opts,
-                        device="cpu", keep_ratio=args.keep_ratio)
+    predict = Predictor(
+        args.run or args.config_file,
+        args.weights,
+        overrides=args.opts,
+        device="cpu",
+        keep_ratio=args.keep_ratio,
+    )
     metadata = {"classes": predict.class_names, **predict.resizing}
     export_onnx(predict.model, args.output, args.size, dynamic=not args.fixed, metadata=metadata)
     print(f"{args.output}: {os.path.getsize(args.output) / 1e6:.1f} MB")

@@ -170,9 +170,7 @@ def create(env):
             )
         return
     if env.python.is_symlink() and not env.python.exists():
-        raise InstallError(
-            f"The Python that {env.root} was made with is gone.\nRun: rm -rf {env.root}"
-        )
+        raise InstallError(f"The Python that {env.root} was made with is gone.\nRun: rm -rf {env.root}")
     if not env.owned.exists():
         # Written before the environment exists, so that an interrupted call is continued alike.
         env.base.write_text(json.dumps(packages_to_build_on()))
@@ -238,9 +236,7 @@ def install_packages(env):
         return
     say("adding only what is missing: " + ", ".join(missing))
     pins = installed_versions(env)  # nothing that is there may change
-    if (
-        wanted["torch"] in missing
-    ):  # without torch there is nothing that the tested set can clash with
+    if wanted["torch"] in missing:  # without torch there is nothing that the tested set can clash with
         lines = (line.split("==") for line in requirement_lines(tested))
         pins = {**dict(lines), **pins}
     constraints = env.state / "constraints.txt"

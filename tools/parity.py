@@ -60,8 +60,9 @@ def replay(path: Path, dtype: torch.dtype) -> dict:
         seconds=round(time.perf_counter() - start, 2),
         worst=worst and {"array": worst.name, "error": worst.error, "tolerance": worst.tolerance},
         decisions=len(decisions),
-        failed=[{"array": c.name, "error": c.error, "tolerance": c.tolerance}
-                for c in checks if not c.passed],
+        failed=[
+            {"array": c.name, "error": c.error, "tolerance": c.tolerance} for c in checks if not c.passed
+        ],
     )
     return result
 

@@ -28,8 +28,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")),
-         *sorted((ROOT / "kernels").rglob("*.md")), ROOT / "tests" / "parity" / "README.md"]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "kernels").rglob("*.md")),
+    ROOT / "tests" / "parity" / "README.md",
+]
 TIME_LIMIT = 400  # seconds per command
 
 # Regular expression in a command, what stands there instead (None: it is not run), and why. All that
@@ -39,21 +43,26 @@ CHANGED = [
     (r"^tools/gpu_check.sh --pack\b.*", None, "downloads"),
     (r"^make demo\b", "python tools/demo_quick.py", "without setting up an environment"),
     (r"^make (install|test)\b", r"make -n \1", "sets up an environment, runs the tests: only printed"),
-    (r"^tools/gpu_check.sh(?! --pack)( --dry-run)?",
-     "tools/gpu_check.sh --dry-run --only machine,packages,op",
-     "needs a GPU; all of the rehearsal: tests/test_gpu_check.py"),
+    (
+        r"^tools/gpu_check.sh(?! --pack)( --dry-run)?",
+        "tools/gpu_check.sh --dry-run --only machine,packages,op",
+        "needs a GPU; all of the rehearsal: tests/test_gpu_check.py",
+    ),
     (r"^(python tools/cuda_report.py).*", r"\1 --help", "needs nvcc and minutes"),
     (r"train.wandb.enabled=true", "train.wandb.enabled=false", "needs an account"),
     (r"(?<=--num-gpus )8|(?<=--nproc-per-node )8", "2", "two processes instead of eight"),
     (r"\bnode0\b", "127.0.0.1", "both machines are this one"),
     (r"\b29500\b", "{port}", "a free port"),
-    (r"(?<=--config-file )\.\.\.", "configs/deformable_detr/deformable_detr_r50_two_stage_50ep.py",
-     "left open in the text"),
+    (
+        r"(?<=--config-file )\.\.\.",
+        "configs/deformable_detr/deformable_detr_r50_two_stage_50ep.py",
+        "left open in the text",
+    ),
     (r"(?<=parity.py tests/parity)", "/cases/sparse_detr", "all cases: tests/parity/test_parity.py"),
     (r"\btrain.max_iter=500\b", "train.max_iter=2", "two iterations"),
     (r"(?<=benchmark.py )op\b", "op --scale 0.08 --rounds 2", "small maps"),
     (r"(?<=benchmark.py )model\b", "model --size 96x128 --rounds 2", "a small image"),
-]  # fmt: skip
+]
 
 # Appended to the copy of every config.
 SMALL = """
@@ -68,18 +77,22 @@ if "root" in dataloader.train.dataset:
     dataloader.train.dataset.num_images, dataloader.test.dataset.num_images = 16, 4
 train.max_iter, train.log_period = 2, 1
 """
-SMALL_YACS = {"IMS_PER_BATCH": "2", "MAX_ITER": "2", "STEPS": "()", "MIN_SIZE_TRAIN": "[64]",
-              "MODEL": "\n  DEVICE: cpu"}  # fmt: skip
+SMALL_YACS = {
+    "IMS_PER_BATCH": "2",
+    "MAX_ITER": "2",
+    "STEPS": "()",
+    "MIN_SIZE_TRAIN": "[64]",
+    "MODEL": "\n  DEVICE: cpu",
+}
 
 # Checkpoints that the docs name, and the config whose model they hold.
 CHECKPOINTS = {
     "dino.pth": "dino/dino_r50_4scale_12ep",
     "focus_detr_36ep.pth": "focus_detr/focus_detr_r50_4scale_36ep",
     "model.pth": "deformable_detr/deformable_detr_r50_two_stage_50ep",
-    "r50_deformable_detr_plus_iterative_bbox_refinement_plus_plus_two_stage.pth":
-        "deformable_detr/deformable_detr_r50_two_stage_50ep",
+    "r50_deformable_detr_plus_iterative_bbox_refinement_plus_plus_two_stage.pth": "deformable_detr/deformable_detr_r50_two_stage_50ep",
     "sparse_detr_r50_30.pth": "sparse_detr/sparse_detr_r50_30_50ep",
-}  # fmt: skip
+}
 
 SRUN = """#!/usr/bin/env bash
 # Two tasks on this machine, with the variables that SLURM gives a job step.
@@ -128,6 +141,7 @@ class Job(NamedTuple):
 
 def jobs(page: Path, only: str = "") -> Iterator[Job]:
     """A page's jobs in order; ``only``: a regular expression that is found in their commands."""
+
     def job(numbered: tuple[int, str]) -> tuple:  # of machines: the same command apart from a rank
         line, command = numbered
         return re.sub(r"-rank \d+", "", command) if "-rank " in command else line
@@ -151,8 +165,20 @@ def jobs(page: Path, only: str = "") -> Iterator[Job]:
 
 def prepare(folder: Path) -> None:
     """Makes the small checkout and everything that the docs name beside it."""
-    names = ("configs", "docs", "kernels", "projects", "requirements", "tests", "tools", "Makefile",
-             "README.md", "pyproject.toml", "setup.py", "train_net.py")  # fmt: skip
+    names = (
+        "configs",
+        "docs",
+        "kernels",
+        "projects",
+        "requirements",
+        "tests",
+        "tools",
+        "Makefile",
+        "README.md",
+        "pyproject.toml",
+        "setup.py",
+        "train_net.py",
+    )
     for name in names:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
@@ -176,9 +202,14 @@ def prepare(folder: Path) -> None:
     yacs.write_text(text)
     draw_data(folder)
     write_weights(folder)
-    result, _, output = run(["python train_net.py --config-file custom/sparse_detr_r50 "
-                             "data.train_json=train.json data.train_images=train data.val_json=val.json "
-                             "data.val_images=val train.output_dir=my_run"], folder)
+    result, _, output = run(
+        [
+            "python train_net.py --config-file custom/sparse_detr_r50 "
+            "data.train_json=train.json data.train_images=train data.val_json=val.json "
+            "data.val_images=val train.output_dir=my_run"
+        ],
+        folder,
+    )
     assert result == "ok", output
 
 
@@ -230,15 +261,27 @@ def run(together: list[str], folder: Path) -> tuple[str, float, str]:
     """Runs commands at the same time: "ok" or what went wrong, seconds, and their output."""
     path = [str(folder / "bin"), os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)]
     environment = {
-        "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **os.environ, "CUDA_VISIBLE_DEVICES": "",
-        "PATH": os.pathsep.join(path), "PYTHONPATH": f"{folder / 'projects'}{os.pathsep}{folder}",
-        "FVCORE_CACHE": str(folder / "cache"), "DETECTRON2_DATASETS": str(folder / "datasets"),
-    }  # fmt: skip
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "PATH": os.pathsep.join(path),
+        "PYTHONPATH": f"{folder / 'projects'}{os.pathsep}{folder}",
+        "FVCORE_CACHE": str(folder / "cache"),
+        "DETECTRON2_DATASETS": str(folder / "datasets"),
+    }
     begin = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
         started = [
-            subprocess.Popen(["bash", "-c", command], cwd=folder, env=environment, stdout=output,
-                             stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+            subprocess.Popen(
+                ["bash", "-c", command],
+                cwd=folder,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
             for command in together
         ]
         result = "ok"
@@ -285,14 +328,17 @@ def run_all(todo: list[Job], folder: Path) -> int:
             state = "run as " if runs else "not run"
             print(f"{page.relative_to(ROOT)}:{line}  {'; '.join(changes)}\n  {state}  {together[0]}")
     ran = sum(job.runs for job in todo)
-    print(f"\n{ran - failed} passed, {failed} failed, {len(todo) - ran} not run, "
-          f"{time.perf_counter() - begin:.0f} s")
+    print(
+        f"\n{ran - failed} passed, {failed} failed, {len(todo) - ran} not run, "
+        f"{time.perf_counter() - begin:.0f} s"
+    )
     return failed
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pages", nargs="*", metavar="PAGE", help="(default: all)")
     parser.add_argument("--only", default="", metavar="REGEX", help="commands in which it is found")
     parser.add_argument("--keep", metavar="DIR", help="work in this new folder and do not delete it")

@@ -38,20 +38,29 @@ def main() -> None:
     )
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument("--weights", default="", metavar="FILE", help="a checkpoint")
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH",
-                        help="images, folders, globs")
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="images, folders, globs")
     parser.add_argument("--output", default="output/tokens", metavar="DIR")
     parser.add_argument("--width", type=int, default=480, help="of each picture (default: 480)")
     parser.add_argument("--threshold", type=float, default=0.4, help="score of drawn detections")
-    parser.add_argument("--keep-ratio", type=float, metavar="RATIO",
-                        help="share of tokens the encoder refreshes, instead of the config's")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY=VALUE",
-                        help="config overrides, path.key=value")
+    parser.add_argument(
+        "--keep-ratio",
+        type=float,
+        metavar="RATIO",
+        help="share of tokens the encoder refreshes, instead of the config's",
+    )
+    parser.add_argument(
+        "--opts", nargs="+", default=[], metavar="KEY=VALUE", help="config overrides, path.key=value"
+    )
     args = parser.parse_args()
 
     paths = find_images(args.input)
-    predict = Predictor(args.config_file, args.weights, overrides=args.opts,
-                        threshold=args.threshold, keep_ratio=args.keep_ratio)
+    predict = Predictor(
+        args.config_file,
+        args.weights,
+        overrides=args.opts,
+        threshold=args.threshold,
+        keep_ratio=args.keep_ratio,
+    )
     os.makedirs(args.output, exist_ok=True)
     for path in paths:
         image = Image.fromarray(read_image(str(path), "RGB"))
@@ -59,8 +68,9 @@ def main() -> None:
             instances = predict(np.asarray(image)[..., ::-1])["instances"]
         scale = args.width / image.width
         size = (args.width, round(image.height * scale))
-        detected = draw_detections(np.asarray(image), instances, predict.metadata,
-                                   threshold=args.threshold, scale=scale)
+        detected = draw_detections(
+            np.asarray(image), instances, predict.metadata, threshold=args.threshold, scale=scale
+        )
         image, detected = (np.asarray(x.resize(size)) for x in (image, Image.fromarray(detected)))
         target = os.path.join(args.output, f"{path.stem}_tokens.png")
         Image.fromarray(draw_tokens(image, outputs[0], detected=detected)).save(target)

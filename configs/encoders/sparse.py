@@ -1,7 +1,4 @@
-"""Sparse DETR's encoder, for a two-stage model with ``keep_ratio`` of its tokens refreshed.
-
-    model.transformer.encoder = encoder
-"""
+"""Sparse DETR's encoder, for any two-stage base: ``model.transformer.encoder = encoder``."""
 
 from detectron2.config import LazyCall as L
 

@@ -32,9 +32,7 @@ resnet50_msra = dict(
     in_features=["res3", "res4", "res5"],
     in_channels=[512, 1024, 2048],
 )
-msra_input = dict(
-    pixel_mean=[103.53, 116.28, 123.675], pixel_std=[1.0, 1.0, 1.0], input_format="BGR"
-)
+msra_input = dict(pixel_mean=[103.53, 116.28, 123.675], pixel_std=[1.0, 1.0, 1.0], input_format="BGR")
 
 swin_tiny = dict(
     backbone=L(build_swin)(

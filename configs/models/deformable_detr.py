@@ -51,9 +51,7 @@ model = L(DeformableDETR)(
             ),
             num_layers=6,
         ),
-        query_selection=L(LearnedQueries)(
-            embed_dim="${model.transformer.embed_dim}", num_queries=300
-        ),
+        query_selection=L(LearnedQueries)(embed_dim="${model.transformer.embed_dim}", num_queries=300),
         decoder=L(DeformableDecoder)(
             layer=L(DeformableDecoderLayer)(
                 cross_attention=attention,

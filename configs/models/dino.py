@@ -98,9 +98,7 @@ model = L(DINO)(
         ),
     ),
     criterion=L(SetCriterion)(
-        matcher=L(HungarianMatcher)(
-            cost_class=2.0, cost_bbox=5.0, cost_giou=2.0, giou_eps=1e-6
-        ),
+        matcher=L(HungarianMatcher)(cost_class=2.0, cost_bbox=5.0, cost_giou=2.0, giou_eps=1e-6),
         weight_class=1.0,
         weight_bbox=5.0,
         weight_giou=2.0,

@@ -12,8 +12,11 @@ if (_root / "setup.py").is_file() and (_root / "kernels" / "csrc").is_dir():
 
 # Imported at first use: `sparse_detr.kernels` alone needs neither detectron2 nor the models.
 _PUBLIC = {
-    "get_config": "config", "list_configs": "config", "load_config": "config",
-    "build_model": "predictor", "Predictor": "predictor",
+    "get_config": "config",
+    "list_configs": "config",
+    "load_config": "config",
+    "build_model": "predictor",
+    "Predictor": "predictor",
     "add_sparse_detr_config": "yacs",
 }
 __all__ = ["__version__", *_PUBLIC]

@@ -68,22 +68,32 @@ class Analysis:
     def table(self, depth: int = 2) -> str:
         """Modules down to ``depth`` names, those without parameters and operations left out."""
         rows = [
-            ("  " * _depth(m.name) + (m.name or "total"), f"{m.parameters / 1e6:.3f}",
-             f"{m.trainable / 1e6:.3f}", f"{m.macs / 1e9:.3f}")
+            (
+                "  " * _depth(m.name) + (m.name or "total"),
+                f"{m.parameters / 1e6:.3f}",
+                f"{m.trainable / 1e6:.3f}",
+                f"{m.macs / 1e9:.3f}",
+            )
             for m in self.modules
             if _depth(m.name) <= depth and (m.parameters or m.macs)
         ]
         return tabulate(
-            rows, ["module", "parameters (M)", "trainable (M)", "GMACs"], "simple",
-            colalign=("left", "right", "right", "right"), disable_numparse=True,
+            rows,
+            ["module", "parameters (M)", "trainable (M)", "GMACs"],
+            "simple",
+            colalign=("left", "right", "right", "right"),
+            disable_numparse=True,
             preserve_whitespace=True,
         )
 
     def as_dict(self) -> dict:
         """For JSON."""
         return {
-            "size": list(self.size), "counted": COUNTED, "total": asdict(self.total),
-            "modules": [asdict(m) for m in self.modules], "operators": self.operators,
+            "size": list(self.size),
+            "counted": COUNTED,
+            "total": asdict(self.total),
+            "modules": [asdict(m) for m in self.modules],
+            "operators": self.operators,
             "uncounted": self.uncounted,
         }
 
@@ -109,13 +119,17 @@ def analyze(model: nn.Module, size: tuple[int, int]) -> Analysis:
     modules = []
     for name, module in model.named_modules():
         parameters = list(module.parameters())
-        modules.append(ModuleCost(
-            name=name, parameters=sum(p.numel() for p in parameters),
-            trainable=sum(p.numel() for p in parameters if p.requires_grad),
-            macs=int(by_module[f"model.{name}" if name else ""]),
-        ))
+        modules.append(
+            ModuleCost(
+                name=name,
+                parameters=sum(p.numel() for p in parameters),
+                trainable=sum(p.numel() for p in parameters if p.requires_grad),
+                macs=int(by_module[f"model.{name}" if name else ""]),
+            )
+        )
     return Analysis(
-        size=(height, width), modules=modules,
+        size=(height, width),
+        modules=modules,
         operators={k: int(v) for k, v in operators.most_common() if v},
         uncounted=dict(sorted(uncounted.items())),
     )

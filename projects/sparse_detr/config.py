@@ -33,9 +33,7 @@ def list_configs() -> list[str]:
     for folder, _, files in os.walk(root):
         relative = os.path.relpath(folder, root)
         if relative != "." and relative.split(os.sep)[0] not in _PARTS:
-            names += [
-                f"{relative}/{f[:-3]}" for f in files if f.endswith(".py") and f != "__init__.py"
-            ]
+            names += [f"{relative}/{f[:-3]}" for f in files if f.endswith(".py") and f != "__init__.py"]
     return sorted(name.replace(os.sep, "/") for name in names)
 
 
@@ -93,8 +91,11 @@ def resolve_classes(cfg: DictConfig) -> None:
         raise UserError(
             f"model.num_classes={given}, but {'data.classes' if stored else source} has "
             f"{len(data.classes)} classes ({listed(data.classes, 5)}): "
-            + ("to read them from other data, pass data.classes=null model.num_classes=null"
-               if stored else "leave model.num_classes out, it is read from the file")
+            + (
+                "to read them from other data, pass data.classes=null model.num_classes=null"
+                if stored
+                else "leave model.num_classes out, it is read from the file"
+            )
         )
 
 

@@ -51,8 +51,9 @@ class TensorDetector(nn.Module):
         return scores, labels, boxes * scale
 
 
-def export_program(detector: SetDetector, size: tuple[int, int] = (480, 640), *,
-                   dynamic: bool = True) -> torch.export.ExportedProgram:
+def export_program(
+    detector: SetDetector, size: tuple[int, int] = (480, 640), *, dynamic: bool = True
+) -> torch.export.ExportedProgram:
     """``torch.export`` of a ``TensorDetector``.
 
     Args:
@@ -65,13 +66,17 @@ def export_program(detector: SetDetector, size: tuple[int, int] = (480, 640), *,
     module, image = TensorDetector(detector), _example(detector, size)
     free = {"image": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}}
     with torch.no_grad(), _explained(detector, size, dynamic):
-        return torch.export.export(
-            module, (image,), dynamic_shapes=free if dynamic else None, strict=False
-        )
+        return torch.export.export(module, (image,), dynamic_shapes=free if dynamic else None, strict=False)
 
 
-def export_onnx(detector: SetDetector, path: str, size: tuple[int, int] = (480, 640), *,
-                dynamic: bool = True, metadata: Mapping[str, object] | None = None) -> None:
+def export_onnx(
+    detector: SetDetector,
+    path: str,
+    size: tuple[int, int] = (480, 640),
+    *,
+    dynamic: bool = True,
+    metadata: Mapping[str, object] | None = None,
+) -> None:
     """Write a ``TensorDetector`` as an ONNX file with the input ``image`` and the outputs
     ``scores``, ``labels`` and ``boxes``.
 
@@ -88,8 +93,13 @@ def export_onnx(detector: SetDetector, path: str, size: tuple[int, int] = (480, 
     free = {"image": {2: "height", 3: "width"}}
     with torch.no_grad(), _plain_attention(), _explained(detector, size, dynamic):
         program = torch.onnx.export(
-            module, (image,), dynamo=True, dynamic_shapes=free if dynamic else None,
-            input_names=["image"], output_names=list(OUTPUTS), verbose=False,
+            module,
+            (image,),
+            dynamo=True,
+            dynamic_shapes=free if dynamic else None,
+            input_names=["image"],
+            output_names=list(OUTPUTS),
+            verbose=False,
         )
     for key, value in {"input_format": detector.input_format, **(metadata or {})}.items():
         program.model.metadata_props[key] = json.dumps(value)
@@ -97,8 +107,9 @@ def export_onnx(detector: SetDetector, path: str, size: tuple[int, int] = (480, 
     program.save(path)
 
 
-def compare_onnx(detector: SetDetector, path: str, sizes: Sequence[tuple[int, int]],
-                 seed: int = 0) -> dict[tuple[int, int], tuple[float, float]]:
+def compare_onnx(
+    detector: SetDetector, path: str, sizes: Sequence[tuple[int, int]], seed: int = 0
+) -> dict[tuple[int, int], tuple[float, float]]:
     """Run an exported file in onnxruntime and the detector in PyTorch on the same random images.
 
     Detections are compared with the nearest one of their class, not by rank: onnxruntime's sigmoid
@@ -146,9 +157,7 @@ def _require(*packages: str) -> None:
         try:
             __import__(package)
         except ImportError as error:
-            raise UserError(
-                f"{package} is not installed: pip install onnx onnxscript onnxruntime"
-            ) from error
+            raise UserError(f"{package} is not installed: pip install onnx onnxscript onnxruntime") from error
 
 
 @contextmanager

@@ -38,8 +38,9 @@ def recorded_output(model: nn.Module) -> Iterator[list[TransformerOutput]]:
         return *args[:-1], True  # the last argument of MSDeformAttn
 
     handles = [transformer.register_forward_hook(lambda _, __, output: outputs.append(output))]
-    handles += [layer.cross_attention.register_forward_pre_hook(record)
-                for layer in transformer.decoder.layers]
+    handles += [
+        layer.cross_attention.register_forward_pre_hook(record) for layer in transformer.decoder.layers
+    ]
     try:
         yield outputs
     finally:
@@ -92,8 +93,9 @@ def draw_heat(image: np.ndarray, level: np.ndarray, low: float, high: float) -> 
     return (0.35 * image.mean(-1, keepdims=True) + 0.65 * colours).astype(np.uint8)
 
 
-def draw_tokens(image: np.ndarray, output: TransformerOutput, *,
-                detected: np.ndarray | None = None) -> np.ndarray:
+def draw_tokens(
+    image: np.ndarray, output: TransformerOutput, *, detected: np.ndarray | None = None
+) -> np.ndarray:
     """A sheet of pictures: one row per quantity, one column per level, finest first.
 
     Rows are what there is: kept tokens and scores of an encoder that chooses, the decoder attention
@@ -114,11 +116,16 @@ def draw_tokens(image: np.ndarray, output: TransformerOutput, *,
     if encoded.selected is not None:
         levels = kept_levels(output)
         share = sum(int(level.sum()) for level in levels) / output.tokens.mask.shape[1]
-        rows.append([
-            (f"level {i}: {int(level.sum())} of {level.size} kept"
-             + (f" (all levels: {share:.0%})" if i == 0 else ""), draw_kept(image, [level]))
-            for i, level in enumerate(levels)
-        ])
+        rows.append(
+            [
+                (
+                    f"level {i}: {int(level.sum())} of {level.size} kept"
+                    + (f" (all levels: {share:.0%})" if i == 0 else ""),
+                    draw_kept(image, [level]),
+                )
+                for i, level in enumerate(levels)
+            ]
+        )
     if encoded.scores is not None:
         rows.append(_heat_row("score", image, encoded.scores[0], shapes))
     if output.decoded.samples:
@@ -175,13 +182,16 @@ def _levels(values: Tensor, shapes: Sequence[tuple[int, int]]) -> list[np.ndarra
     return [part.view(shape).numpy() for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _heat_row(name: str, image: np.ndarray, values: Tensor, shapes: Sequence[tuple[int, int]]
-              ) -> list[tuple[str, np.ndarray]]:
+def _heat_row(
+    name: str, image: np.ndarray, values: Tensor, shapes: Sequence[tuple[int, int]]
+) -> list[tuple[str, np.ndarray]]:
     """One picture per level; the colours span all but the extreme percent of the values."""
     low, high = np.percentile(values.detach().cpu().numpy(), (1, 99))
     return [
-        (f"{name}, level {i}" + (f": {low:.2g} (blue) to {high:.2g}" if i == 0 else ""),
-         draw_heat(image, level, low, high))
+        (
+            f"{name}, level {i}" + (f": {low:.2g} (blue) to {high:.2g}" if i == 0 else ""),
+            draw_heat(image, level, low, high),
+        )
         for i, level in enumerate(_levels(values, shapes))
     ]
 

@@ -22,8 +22,12 @@ from .errors import UserError
 logger = logging.getLogger(__name__)
 
 
-def build_model(config: str | os.PathLike | DictConfig, weights: str | os.PathLike = "",
-                overrides: Iterable[str] = (), device: str = "auto") -> nn.Module:
+def build_model(
+    config: str | os.PathLike | DictConfig,
+    weights: str | os.PathLike = "",
+    overrides: Iterable[str] = (),
+    device: str = "auto",
+) -> nn.Module:
     """A detector in evaluation mode.
 
     Args:
@@ -63,16 +67,27 @@ class Predictor:
         instances = predict(cv2.imread("image.jpg"))["instances"]
     """
 
-    def __init__(self, config: str | os.PathLike | DictConfig, weights: str | os.PathLike = "", *,
-                 overrides: Iterable[str] = (), device: str = "auto", threshold: float = 0.0,
-                 keep_ratio: float | None = None, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        config: str | os.PathLike | DictConfig,
+        weights: str | os.PathLike = "",
+        *,
+        overrides: Iterable[str] = (),
+        device: str = "auto",
+        threshold: float = 0.0,
+        keep_ratio: float | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
         self.cfg, self.model, checkpoint = _build(config, weights, overrides, device)
         if checkpoint is None:
             logger.warning("no weights are given: they are random")
         augmentations = self.cfg.dataloader.test.mapper.augmentations
         self.augmentations = T.AugmentationList(instantiate(augmentations))
-        self.resizing = {k: augmentations[k] for k in ("short_edge", "max_size")
-                         if isinstance(augmentations, DictConfig) and k in augmentations}
+        self.resizing = {
+            k: augmentations[k]
+            for k in ("short_edge", "max_size")
+            if isinstance(augmentations, DictConfig) and k in augmentations
+        }
         self.threshold = threshold
         self.dtype = dtype
         if keep_ratio is not None:
@@ -117,14 +132,10 @@ class Predictor:
             return self([image])[0]
         if not image:
             return []
-        autocast = torch.autocast(
-            self.model.device.type, self.dtype, enabled=self.dtype != torch.float32
-        )
+        autocast = torch.autocast(self.model.device.type, self.dtype, enabled=self.dtype != torch.float32)
         with autocast:
             results = self.model([self._prepare(one) for one in image])
-        return [
-            {"instances": r["instances"][r["instances"].scores >= self.threshold]} for r in results
-        ]
+        return [{"instances": r["instances"][r["instances"].scores >= self.threshold]} for r in results]
 
     def _prepare(self, image: np.ndarray) -> dict:
         if not isinstance(image, np.ndarray):
@@ -146,8 +157,9 @@ class Predictor:
         return {"image": tensor, "height": height, "width": width}
 
 
-def _build(config: str | os.PathLike | DictConfig, weights: str | os.PathLike,
-           overrides: Iterable[str], device: str) -> tuple[DictConfig, nn.Module, dict | None]:
+def _build(
+    config: str | os.PathLike | DictConfig, weights: str | os.PathLike, overrides: Iterable[str], device: str
+) -> tuple[DictConfig, nn.Module, dict | None]:
     """The config, the model, and what its checkpoint, if there is one, holds besides weights."""
     if isinstance(config, DictConfig):
         cfg = copy.deepcopy(config)

@@ -54,8 +54,10 @@ def constructor_arguments(cfg: CfgNode, default_config: str) -> dict:
     """
     lazy = _lazy_config(cfg, default_config)
     lazy.model.update(
-        num_classes=cfg.MODEL.DETR.NUM_CLASSES, pixel_mean=list(cfg.MODEL.PIXEL_MEAN),
-        pixel_std=list(cfg.MODEL.PIXEL_STD), input_format=cfg.INPUT.FORMAT,
+        num_classes=cfg.MODEL.DETR.NUM_CLASSES,
+        pixel_mean=list(cfg.MODEL.PIXEL_MEAN),
+        pixel_std=list(cfg.MODEL.PIXEL_STD),
+        input_format=cfg.INPUT.FORMAT,
         max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
     )
     apply_overrides(lazy, cfg.MODEL.DETR.OVERRIDES)
@@ -78,6 +80,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if clip.CLIP_TYPE != "full_model":
         return maybe_add_gradient_clipping(cfg, optimizer)
     if clip.ENABLED:
+
         def clip_gradients(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)

@@ -97,7 +97,7 @@ FATAL = {
     "annotations whose iscrowd is not 0 or 1: 1 (annotation 1 of image 1)": change(
         "annotations", 0, iscrowd="0"
     ),
-    "image_id is a text and the image's id a number (\"1\" and 1), or the reverse: 1 "
+    'image_id is a text and the image\'s id a number ("1" and 1), or the reverse: 1 '
     "(annotation 1 of image 1); write both alike": change("annotations", 0, image_id="1"),
     "coordinates look normalised; expected pixels (x, y, width, height)": lambda coco: each_box(
         coco, [0.1, 0.2, 0.5, 0.3]
@@ -136,9 +136,7 @@ REPORTED = {
     ),
     "classes without an annotation: 1 (dog)": change("annotations", 0, category_id=3),
     "class names twice: 1 (cat)": change("categories", 0, name="cat"),
-    "crowd regions: 1 (annotation 2 of image 1); not trained on": change(
-        "annotations", 1, iscrowd=1
-    ),
+    "crowd regions: 1 (annotation 2 of image 1); not trained on": change("annotations", 1, iscrowd=1),
     "less than three points: 1 (annotation 1 of image 1); left out": change(
         "annotations", 0, segmentation=[[1, 2, 3, 4]]
     ),
@@ -261,9 +259,7 @@ def test_other_ids_in_the_same_order_are_no_problem(tmp_path, caplog):
         category["id"] = number
     for annotation in other["annotations"]:
         annotation["category_id"] = {5: 2, 3: 1}[annotation["category_id"]]
-    check_data(
-        write(tmp_path / "train", content()), write(tmp_path / "val", other, ("green", "white"))
-    )
+    check_data(write(tmp_path / "train", content()), write(tmp_path / "val", other, ("green", "white")))
     assert not remarks(caplog)
 
 
@@ -287,8 +283,9 @@ def test_boxes_of_negative_size_do_not_reach_training(tmp_path):
     json_file, images = write(tmp_path, coco)
     records = coco_dataset(names="test_check_negative", json_file=json_file, image_root=images)
     assert [[a["bbox"] for a in r["annotations"]] for r in records] == [
-        [[5, 5, 30, 20]], [[0, 0, 40, 30]],
-    ]  # fmt: skip
+        [[5, 5, 30, 20]],
+        [[0, 0, 40, 30]],
+    ]
 
 
 def test_the_evaluation_needs_no_area_no_iscrowd_and_no_id_but_0(tmp_path):
@@ -306,13 +303,12 @@ def test_the_evaluation_needs_no_area_no_iscrowd_and_no_id_but_0(tmp_path):
             {
                 "image_id": record["image_id"],
                 "instances": [
-                    dict(image_id=record["image_id"], score=0.9, bbox=a["bbox"],
-                         category_id=a["category_id"])
+                    dict(image_id=record["image_id"], score=0.9, bbox=a["bbox"], category_id=a["category_id"])
                     for a in record["annotations"]
                 ],
             }
             for record in records
-        ]  # fmt: skip
+        ]
         return evaluator.evaluate()["bbox"]["AP"]
 
     options = dict(dataset_name="test_check_bare", output_dir=str(tmp_path))

@@ -30,11 +30,16 @@ def scene(tmp_path_factory):
             size = np.exp(random.uniform(np.log(8), np.log(300), 2))
             box = [*(random.uniform(0, 1, 2) * (SIZE - size)), *size]
             category = int(random.choice([1, 3, 7]))
-            annotations.append({
-                "id": len(annotations) + 1, "image_id": image, "category_id": category,
-                "bbox": [float(x) for x in box], "area": float(size.prod() * 0.8),
-                "iscrowd": int(random.random() < 0.05),
-            })  # fmt: skip
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image,
+                    "category_id": category,
+                    "bbox": [float(x) for x in box],
+                    "area": float(size.prod() * 0.8),
+                    "iscrowd": int(random.random() < 0.05),
+                }
+            )
             for _ in range(random.integers(0, 4)):
                 near = np.array(box) + random.normal(0, 0.08, 4) * np.tile(size, 2)
                 wrong = random.random() < 0.2
@@ -43,11 +48,10 @@ def scene(tmp_path_factory):
             box = [*random.uniform(0, 500, 2), *random.uniform(2, 140, 2)]
             detections.append((image, int(random.choice([1, 3, 5, 7])), np.array(box), 0.5))
     content = {
-        "images": [{"id": i, "width": SIZE, "height": SIZE, "file_name": f"{i}.jpg"}
-                   for i in range(1, 41)],
+        "images": [{"id": i, "width": SIZE, "height": SIZE, "file_name": f"{i}.jpg"} for i in range(1, 41)],
         "categories": [{"id": i, "name": f"class {i}"} for i in (1, 3, 5, 7, 9)],
         "annotations": annotations,
-    }  # fmt: skip
+    }
     path = tmp_path_factory.mktemp("coco") / "instances.json"
     path.write_text(json.dumps(content))
     load_coco_json(str(path), str(path.parent), "fast_eval_test")

@@ -37,9 +37,7 @@ def test_workers_change_nothing():
 
 def test_other_seeds_give_other_orders_and_augmentations():
     first, second = batches(3), batches(3, seed=6)
-    assert [[x["image_id"] for x in b] for b in first] != [
-        [x["image_id"] for x in b] for b in second
-    ]
+    assert [[x["image_id"] for x in b] for b in first] != [[x["image_id"] for x in b] for b in second]
     draws = [x["draws"] for b in first + second for x in b]
     assert len(set(draws)) == len(draws)
 

@@ -74,9 +74,7 @@ def test_boxes_follow_the_flip(record):
 
 
 def test_inference_leaves_annotations_behind(record):
-    mapper = DetrDatasetMapper(
-        is_train=False, augmentations=test_augmentations(short_edge=30, max_size=1000)
-    )
+    mapper = DetrDatasetMapper(is_train=False, augmentations=test_augmentations(short_edge=30, max_size=1000))
     entry = mapper({**record, "annotations": [annotation(1, 2, 3, 4)]})
     assert entry["image"].shape == (3, 30, 40)
     assert (entry["height"], entry["width"], entry["image_id"]) == (HEIGHT, WIDTH, 7)

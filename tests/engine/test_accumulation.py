@@ -24,9 +24,13 @@ def step(config, objects, parts, max_grad_norm=None):
     model = tiny_model(config).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     trainer = Trainer(
-        model=model, data_loader=itertools.repeat(batch_of(objects)), optimizer=optimizer,
-        max_grad_norm=max_grad_norm, grad_accumulation=parts, seed=0,
-    )  # fmt: skip
+        model=model,
+        data_loader=itertools.repeat(batch_of(objects)),
+        optimizer=optimizer,
+        max_grad_norm=max_grad_norm,
+        grad_accumulation=parts,
+        seed=0,
+    )
     trainer.train(0, 1)
     losses = {k: v for k, (v, _) in trainer.storage.latest().items() if "loss" in k}
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, losses
@@ -67,9 +71,7 @@ def test_the_sum_is_clipped_not_the_parts():
 
 def test_parts_must_be_equal():
     """Said before the first step where the loader tells its batch size."""
-    loader = build_train_loader(
-        dataset=[{}] * 8, mapper=dict, total_batch_size=4, num_workers=0
-    )
+    loader = build_train_loader(dataset=[{}] * 8, mapper=dict, total_batch_size=4, num_workers=0)
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     trainer = Trainer(model=model, data_loader=loader, optimizer=optimizer, grad_accumulation=3)

@@ -26,10 +26,16 @@ TINY = str(ROOT / "tests" / "engine" / "tiny_shapes.py")
 def overrides(data, output_dir):
     """40 iterations, in parts, with a moving average, images read by a worker process."""
     return [
-        f"data.root={data}", f"train.output_dir={output_dir}", "train.model_ema.enabled=true",
-        "train.grad_accumulation=2", "dataloader.train.num_workers=1", "train.max_iter=40",
-        "train.eval_period=0", "train.checkpointer.period=2", "train.log_period=1",
-    ]  # fmt: skip
+        f"data.root={data}",
+        f"train.output_dir={output_dir}",
+        "train.model_ema.enabled=true",
+        "train.grad_accumulation=2",
+        "dataloader.train.num_workers=1",
+        "train.max_iter=40",
+        "train.eval_period=0",
+        "train.checkpointer.period=2",
+        "train.log_period=1",
+    ]
 
 
 def rows(folder):
@@ -70,9 +76,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, steps):
     command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", TINY]
     command += overrides(data, killed)
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + 200
     while len(rows(killed)) < 5 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -99,9 +108,15 @@ def truncated(tmp_path):
     for index in range(2):
         path = tmp_path / f"{index}.jpg"
         Image.fromarray(pixels).save(path)
-        records.append({
-            "file_name": str(path), "image_id": index, "height": 60, "width": 80, "annotations": [],
-        })  # fmt: skip
+        records.append(
+            {
+                "file_name": str(path),
+                "image_id": index,
+                "height": 60,
+                "width": 80,
+                "annotations": [],
+            }
+        )
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     return records
 
@@ -114,8 +129,6 @@ def test_a_truncated_image_is_named(truncated, num_workers):
     with pytest.raises(OSError, match=r"cannot read image 1 \(.*1.jpg\): .*truncated"):
         next(loader)
     mapper = DetrDatasetMapper(is_train=True, augmentations=[])
-    loader = build_train_loader(
-        dataset=truncated, mapper=mapper, total_batch_size=2, num_workers=num_workers
-    )
+    loader = build_train_loader(dataset=truncated, mapper=mapper, total_batch_size=2, num_workers=num_workers)
     with pytest.raises(RuntimeError, match=r"cannot read training image 1 \(.*1.jpg\): .*truncated"):
         next(iter(loader))

@@ -29,9 +29,12 @@ def toy_trainer(model=None):
     model = model or Toy()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     return Trainer(
-        model=model, data_loader=itertools.repeat([{}]), optimizer=optimizer,
-        max_grad_norm=None, seed=0,
-    )  # fmt: skip
+        model=model,
+        data_loader=itertools.repeat([{}]),
+        optimizer=optimizer,
+        max_grad_norm=None,
+        seed=0,
+    )
 
 
 def run(folder, values, start=0, patience=None, **kwargs):

@@ -180,9 +180,7 @@ def test_torchvision_resnets_load_under_their_own_names(stride_in_1x1, tmp_path,
     if not stride_in_1x1:
         image = torch.randn(1, 3, 64, 64)
         for part in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
-            image = getattr(resnet.eval(), part)(image) if part != "conv1" else resnet.conv1(
-                first := image
-            )
+            image = getattr(resnet.eval(), part)(image) if part != "conv1" else resnet.conv1(first := image)
         torch.testing.assert_close(model.backbone(first)["res5"], image, rtol=1e-3, atol=1e-3)
 
 

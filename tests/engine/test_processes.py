@@ -50,9 +50,7 @@ def test_two_processes_do_what_one_does_with_the_joint_batch(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(ROOT / "train_net.py"), "--config-file", CONFIG, *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
-    )
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
 
     one.mkdir()
@@ -78,13 +76,21 @@ def test_two_processes_do_what_one_does_with_the_joint_batch(tmp_path):
 
 
 TORCHRUN = {
-    "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
-    "MASTER_ADDR": "host", "MASTER_PORT": "29500",
-}  # fmt: skip
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "host",
+    "MASTER_PORT": "29500",
+}
 SLURM = {
-    "SLURM_JOB_ID": "123456", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8",
-    "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_STEP_NODELIST": "gpu[03-05,07],login1",
-}  # fmt: skip
+    "SLURM_JOB_ID": "123456",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_STEP_NODELIST": "gpu[03-05,07],login1",
+}
 
 
 def test_torchrun_is_recognised():
@@ -95,9 +101,13 @@ def test_torchrun_is_recognised():
 
 @pytest.mark.parametrize(
     "nodes, host",
-    [("gpu[03-05,07],login1", "gpu03"), ("a1,a2", "a1"), ("node7", "node7"),
-     ("rack[1-2]n[01-02].site", "rack1n01.site")],
-)  # fmt: skip
+    [
+        ("gpu[03-05,07],login1", "gpu03"),
+        ("a1,a2", "a1"),
+        ("node7", "node7"),
+        ("rack[1-2]n[01-02].site", "rack1n01.site"),
+    ],
+)
 def test_a_slurm_step_is_recognised(nodes, host):
     found = processes.started_process({**SLURM, "SLURM_STEP_NODELIST": nodes})
     assert found == {**TORCHRUN, "MASTER_ADDR": host, "MASTER_PORT": "23456"}
@@ -136,9 +146,18 @@ print(threads())
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
 def test_no_thread_outlives_its_process_group():
     """One that gives back a tensor while the interpreter ends aborts the process."""
-    environment = {**os.environ, **TORCHRUN, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
-                   "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
-                   "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "projects")}  # fmt: skip
+    environment = {
+        **os.environ,
+        **TORCHRUN,
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(ROOT / "projects"),
+    }
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", TRAINS], env=environment, capture_output=True, text=True
     )
@@ -155,9 +174,7 @@ def arguments(**kwargs):
 def test_detectron2_starts_processes_that_are_asked_for(monkeypatch):
     """Also one task per node under srun, as detectron2 users do it."""
     calls = []
-    monkeypatch.setattr(
-        processes, "detectron2_launch", lambda main, n, **kwargs: calls.append((n, kwargs))
-    )
+    monkeypatch.setattr(processes, "detectron2_launch", lambda main, n, **kwargs: calls.append((n, kwargs)))
     for name in [*TORCHRUN, *SLURM]:
         monkeypatch.delenv(name, raising=False)
     processes.launch(print, arguments())

@@ -38,9 +38,7 @@ def trained(batches, iterations=1, lr=1.0, **kwargs):
     model = Toy()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     kwargs = {"seed": 0, **kwargs}
-    trainer = Trainer(
-        model=model, data_loader=itertools.cycle(batches), optimizer=optimizer, **kwargs
-    )
+    trainer = Trainer(model=model, data_loader=itertools.cycle(batches), optimizer=optimizer, **kwargs)
     trainer.train(0, iterations)
     return model, trainer
 
@@ -131,9 +129,7 @@ def test_randomness_in_the_model_depends_on_the_iteration_alone():
     assert len(set(draws)) == 4
     model = Toy()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    trainer = Trainer(
-        model=model, data_loader=itertools.repeat([entry()]), optimizer=optimizer, seed=0
-    )
+    trainer = Trainer(model=model, data_loader=itertools.repeat([entry()]), optimizer=optimizer, seed=0)
     trainer.train(2, 4)
     assert [draw for _, draw in model.seen] == draws[2:]
 
@@ -150,9 +146,7 @@ def resumed(state, **settings):
     """A trainer with the optimizer's ``settings``, after it has loaded ``state``."""
     model = Toy()
     optimizer = torch.optim.SGD(model.parameters(), **{"lr": 1.0, **settings})
-    trainer = Trainer(
-        model=model, data_loader=itertools.repeat([entry()]), optimizer=optimizer, seed=1
-    )
+    trainer = Trainer(model=model, data_loader=itertools.repeat([entry()]), optimizer=optimizer, seed=1)
     trainer.load_state_dict(state)
     return trainer
 
@@ -176,9 +170,7 @@ def test_another_optimizer_cannot_resume():
         resumed(state)
     state = trained([[entry()]])[1].state_dict()
     model = Toy()
-    trainer = Trainer(
-        model=model, data_loader=[], optimizer=torch.optim.AdamW(model.parameters()), seed=0
-    )
+    trainer = Trainer(model=model, data_loader=[], optimizer=torch.optim.AdamW(model.parameters()), seed=0)
     with pytest.raises(ValueError, match=r"\(it had no .*betas.*optimizer._target_"):
         trainer.load_state_dict(state)
 

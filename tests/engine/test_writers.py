@@ -11,9 +11,7 @@ from sparse_detr.engine.writers import build_writers
 
 def test_wandb_gets_every_number_once(tmp_path, monkeypatch):
     started, rows, finished = [], [], []
-    run = SimpleNamespace(
-        log=lambda row, step: rows.append((step, row)), finish=lambda: finished.append(1)
-    )
+    run = SimpleNamespace(log=lambda row, step: rows.append((step, row)), finish=lambda: finished.append(1))
     fake = SimpleNamespace(init=lambda **params: started.append(params) or run)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     *_, writer = build_writers(str(tmp_path), 10, 5.0, {"project": "p", "id": "7"})

@@ -50,14 +50,25 @@ def call(sources, tmp_path):
     """Starts a process that uses the operator; returns its Popen."""
 
     def start(code=CALL, **environment):
-        env = {k: v for k, v in os.environ.items()
-               if k not in ("SPARSE_DETR_OPS", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME", "CXX")}
-        env.update(PYTHONPATH=str(ROOT / "projects"), SPARSE_DETR_CACHE=str(tmp_path / "cache"),
-                   OMP_NUM_THREADS="1", PYTHONWARNINGS="default")
+        env = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in ("SPARSE_DETR_OPS", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME", "CXX")
+        }
+        env.update(
+            PYTHONPATH=str(ROOT / "projects"),
+            SPARSE_DETR_CACHE=str(tmp_path / "cache"),
+            OMP_NUM_THREADS="1",
+            PYTHONWARNINGS="default",
+        )
         env.update(environment)
         return subprocess.Popen(
-            [sys.executable, "-c", code, str(sources)], env={k: v for k, v in env.items() if v},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            [sys.executable, "-c", code, str(sources)],
+            env={k: v for k, v in env.items() if v},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
 
     return start
@@ -110,12 +121,20 @@ def test_a_home_that_cannot_be_written(call, tmp_path):
 
 
 def test_a_private_folder_that_others_can_write_is_not_trusted(call, tmp_path):
-    process = call(code="from sparse_detr.kernels import build; print(build.cache_dir())",
-                   SPARSE_DETR_CACHE="", HOME="/dev/null/home", TMPDIR=str(tmp_path))
+    process = call(
+        code="from sparse_detr.kernels import build; print(build.cache_dir())",
+        SPARSE_DETR_CACHE="",
+        HOME="/dev/null/home",
+        TMPDIR=str(tmp_path),
+    )
     folder = Path(finish(process)[0])
     folder.chmod(0o777)
-    process = call(code="from sparse_detr.kernels import build; print(build.cache_dir())",
-                   SPARSE_DETR_CACHE="", HOME="/dev/null/home", TMPDIR=str(tmp_path))
+    process = call(
+        code="from sparse_detr.kernels import build; print(build.cache_dir())",
+        SPARSE_DETR_CACHE="",
+        HOME="/dev/null/home",
+        TMPDIR=str(tmp_path),
+    )
     _, err = process.communicate()
     assert process.returncode and "set SPARSE_DETR_CACHE" in err
 
@@ -216,8 +235,9 @@ def test_nvcc_without_a_gpu_builds_for_the_cpu(call, tmp_path):
     nvcc.write_text(f"#!/bin/sh\ntouch {tmp_path}/nvcc-was-called\nexit 1\n")
     nvcc.chmod(0o755)
     code = CALL + "print(build.status('cuda').reason)\nprint('result', build.status().backend)\n"
-    process = call(code=code, CUDA_HOME=str(nvcc.parents[1]),
-                   PATH=f"{nvcc.parent}{os.pathsep}{os.environ['PATH']}")
+    process = call(
+        code=code, CUDA_HOME=str(nvcc.parents[1]), PATH=f"{nvcc.parent}{os.pathsep}{os.environ['PATH']}"
+    )
     line, err = finish(process)
     assert line == "result cpp-cpu", err
     assert not (tmp_path / "nvcc-was-called").exists()

@@ -23,8 +23,11 @@ from .cuda_on_cpu.problems import (
 LARGE = [(61, 70), (31, 35)]
 
 
-@pytest.mark.parametrize("shapes, tiled_from", [(SHAPES, 0), (SHAPES, 1), (LARGE, 1), (LARGE, -1)],
-                         ids=["all levels", "last levels", "windows", "no windows"])  # fmt: skip
+@pytest.mark.parametrize(
+    "shapes, tiled_from",
+    [(SHAPES, 0), (SHAPES, 1), (LARGE, 1), (LARGE, -1)],
+    ids=["all levels", "last levels", "windows", "no windows"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_tiles(cuda, dtype, shapes, tiled_from):
     """Samples in, around and far from the windows of their tiles."""
@@ -34,9 +37,7 @@ def test_tiles(cuda, dtype, shapes, tiled_from):
     inputs = given(dtype, 16, queries=queries, heads=1, shapes=shapes)
     grad_output = torch.randn(2, queries, 16).to(dtype)
     gradients = expected_gradients(plain.ms_deform_attn, inputs, grad_output)[1]
-    found = cuda.ms_deform_attn_backward(
-        grad_output, *inputs, tiled_from=tiled_from, aggregate=True
-    )
+    found = cuda.ms_deform_attn_backward(grad_output, *inputs, tiled_from=tiled_from, aggregate=True)
     assert_gradients(found, gradients)
 
 
@@ -59,12 +60,8 @@ def test_all_samples_on_one_pixel(cuda):
     value, shapes, locations, weights = given(torch.float32, 32, queries=64, heads=1)
     locations[:] = torch.tensor([0.4, 0.6])
     grad_output = torch.randn(2, 64, 32)
-    gradients = expected_gradients(
-        plain.ms_deform_attn, (value, shapes, locations, weights), grad_output
-    )[1]
-    found = cuda.ms_deform_attn_backward(
-        grad_output, value, shapes, locations, weights, aggregate=True
-    )
+    gradients = expected_gradients(plain.ms_deform_attn, (value, shapes, locations, weights), grad_output)[1]
+    found = cuda.ms_deform_attn_backward(grad_output, value, shapes, locations, weights, aggregate=True)
     assert_gradients(found, gradients)
 
 
@@ -87,10 +84,9 @@ def test_memory_sees_a_fraction_of_the_contributions(cuda):
     """
     shapes, heads, points = [(40, 56), (20, 28), (10, 14), (5, 7)], 2, 4
     queries = sum(h * w for h, w in shapes)
-    reference = torch.cat([
-        torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w)
-        for h, w in shapes
-    ]).flip(-1)  # fmt: skip
+    reference = torch.cat(
+        [torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w) for h, w in shapes]
+    ).flip(-1)
     size = torch.tensor([(w, h) for h, w in shapes])[:, None]
     steps = torch.arange(1.0, points + 1)[:, None] * torch.tensor([[[1.0, 0.0]], [[-1.0, 1.0]]])
     offsets = torch.randn(queries, heads, 4, points, 2) + steps[None, :, None]
@@ -101,9 +97,11 @@ def test_memory_sees_a_fraction_of_the_contributions(cuda):
     counts, grads = [], []
     for aggregate in (False, True):
         before = cuda.vector_reductions()
-        grads.append(cuda.ms_deform_attn_backward(
-            grad_output, value, shapes, locations, weights, tiled_from=0, aggregate=aggregate
-        )[0])  # fmt: skip
+        grads.append(
+            cuda.ms_deform_attn_backward(
+                grad_output, value, shapes, locations, weights, tiled_from=0, aggregate=aggregate
+            )[0]
+        )
         counts.append(cuda.vector_reductions() - before)
     assert_close(grads[1], grads[0].double(), 1e-5)
     assert counts[1] < counts[0] / 4, counts

@@ -35,8 +35,17 @@ needs_disassembler = pytest.mark.skipif(
 def compiled(tmp_path_factory):
     """The report on every kernel, and the folder of the object files."""
     folder = tmp_path_factory.mktemp("cuda")
-    command = [sys.executable, ROOT / "tools" / "cuda_report.py", "--arch", "80", "90",
-               "--objects", folder, "--json", folder / "report.json"]  # fmt: skip
+    command = [
+        sys.executable,
+        ROOT / "tools" / "cuda_report.py",
+        "--arch",
+        "80",
+        "90",
+        "--objects",
+        folder,
+        "--json",
+        folder / "report.json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     kernels = json.loads((folder / "report.json").read_text())
@@ -135,18 +144,41 @@ def test_links_and_loads_without_a_gpu(compiled):
         pytest.skip("torch is built without CUDA")
     include = torch_home / "include"
     subprocess.run(
-        ["c++", "-std=c++20", "-O0", "-fPIC", "-c", CSRC / "bindings_cuda.cpp", "-o",
-         folder / "bindings.o", f"-I{include}", f"-I{include}/torch/csrc/api/include",
-         f"-I{cuda_home}/include"],
+        [
+            "c++",
+            "-std=c++20",
+            "-O0",
+            "-fPIC",
+            "-c",
+            CSRC / "bindings_cuda.cpp",
+            "-o",
+            folder / "bindings.o",
+            f"-I{include}",
+            f"-I{include}/torch/csrc/api/include",
+            f"-I{cuda_home}/include",
+        ],
         check=True,
-    )  # fmt: skip
+    )
     library = folder / "library.so"
     subprocess.run(
-        ["c++", "-shared", *folder.glob("*.o"), "-o", library, f"-L{torch_home}/lib", "-lc10",
-         "-lc10_cuda", "-ltorch_cpu", "-ltorch_cuda", "-ltorch", f"-L{cuda_home}/lib64", "-lcudart",
-         "-Wl,--no-undefined"],
+        [
+            "c++",
+            "-shared",
+            *folder.glob("*.o"),
+            "-o",
+            library,
+            f"-L{torch_home}/lib",
+            "-lc10",
+            "-lc10_cuda",
+            "-ltorch_cpu",
+            "-ltorch_cuda",
+            "-ltorch",
+            f"-L{cuda_home}/lib64",
+            "-lcudart",
+            "-Wl,--no-undefined",
+        ],
         check=True,
-    )  # fmt: skip
+    )
     check = (
         "import sys, torch; from sparse_detr.kernels import op;"
         "torch.ops.load_library(sys.argv[1]);"

@@ -29,10 +29,19 @@ from .cuda_on_cpu.problems import (
 # two steps and 5 leaves lanes idle. Of these the aggregated backward has the first three and leaves
 # the rest to the direct one; 75 queries are a full block of it and a part of one.
 WIDTHS = [
-    (torch.float32, 16), (torch.float32, 32), (torch.float32, 64), (torch.float32, 40),
-    (torch.bfloat16, 16), (torch.bfloat16, 32), (torch.bfloat16, 64), (torch.bfloat16, 40),
-    (torch.float16, 32), (torch.float16, 5), (torch.float64, 40), (torch.float64, 5),
-]  # fmt: skip
+    (torch.float32, 16),
+    (torch.float32, 32),
+    (torch.float32, 64),
+    (torch.float32, 40),
+    (torch.bfloat16, 16),
+    (torch.bfloat16, 32),
+    (torch.bfloat16, 64),
+    (torch.bfloat16, 40),
+    (torch.float16, 32),
+    (torch.float16, 5),
+    (torch.float64, 40),
+    (torch.float64, 5),
+]
 
 
 @pytest.mark.parametrize("dtype, channels", WIDTHS, ids=str)
@@ -90,9 +99,7 @@ def test_key_aware(cuda, dtype, channels, separate):
         output, lse = cuda.key_aware_deform_attn(*inputs, descending=descending)
         assert_close(output, expected, TOLERANCE[dtype])
         assert_close(lse, expected_lse, side_tolerance(lse.dtype))
-        found = cuda.key_aware_deform_attn_backward(
-            grad_output, output, lse, *inputs, descending=descending
-        )
+        found = cuda.key_aware_deform_attn_backward(grad_output, output, lse, *inputs, descending=descending)
         # <grad_output, output> uses the rounded output, as in flash attention.
         for x, y in zip([x for x in found if x is not None], gradients, strict=True):
             assert_close(x, y, max(TOLERANCE[dtype] * 4, side_tolerance(accumulator(dtype))))
@@ -200,9 +207,7 @@ def test_border_agrees_with_grid_sample(cuda):
     grad_output = torch.randn(1, pixels.shape[1], 6, dtype=torch.float64)
     output, gradients = expected_gradients(plain.ms_deform_attn, inputs, grad_output)
     torch.testing.assert_close(cuda.ms_deform_attn(*inputs), output)
-    for found, expected in zip(
-        cuda.ms_deform_attn_backward(grad_output, *inputs), gradients, strict=True
-    ):
+    for found, expected in zip(cuda.ms_deform_attn_backward(grad_output, *inputs), gradients, strict=True):
         torch.testing.assert_close(found, expected)
 
 
@@ -215,17 +220,21 @@ def test_deterministic_sums_ignore_the_order(cuda, dtype):
 
     def grad_value(order, deterministic):
         return cuda.ms_deform_attn_backward(
-            grad_output[:, order], value, shapes, locations[:, order], weights[:, order],
+            grad_output[:, order],
+            value,
+            shapes,
+            locations[:, order],
+            weights[:, order],
             deterministic=deterministic,
-        )[0]  # fmt: skip
+        )[0]
 
     straight = torch.arange(64)
     assert torch.equal(grad_value(straight, True), grad_value(order, True))
     if dtype != torch.bfloat16:  # whose rounding hides the difference
         assert not torch.equal(grad_value(straight, False), grad_value(order, False))
-    expected = expected_gradients(
-        plain.ms_deform_attn, (value, shapes, locations, weights), grad_output
-    )[1][0]
+    expected = expected_gradients(plain.ms_deform_attn, (value, shapes, locations, weights), grad_output)[1][
+        0
+    ]
     assert_close(grad_value(order, True), expected, max(TOLERANCE[dtype], 1e-11))
 
     query = torch.randn(2, 64, 2, 32).to(dtype)
@@ -236,9 +245,7 @@ def test_deterministic_sums_ignore_the_order(cuda, dtype):
     def key_aware(order):
         keyed = (query[:, order], key, value, shapes, locations[:, order])
         output, lse = cuda.key_aware_deform_attn(*keyed)
-        return cuda.key_aware_deform_attn_backward(
-            grad_output[:, order], output, lse, *keyed, bound=bound
-        )
+        return cuda.key_aware_deform_attn_backward(grad_output[:, order], output, lse, *keyed, bound=bound)
 
     first, second = key_aware(straight), key_aware(order)
     assert torch.equal(first[1], second[1]) and torch.equal(first[2], second[2])
@@ -303,9 +310,17 @@ def test_beyond_2_to_the_31_numbers(cuda):
     assert library.run_forward(*call, pointer(value), ctypes.byref(samples), pointer(output)) == 0
     assert torch.equal(output[2, 0], torch.arange(64.0)) and output[:2].abs().sum() == 0
     sums, no_side = _GradientMap(sum=grad_value.data_ptr()), _SampleGradients()
-    assert library.run_backward(
-        *call, pointer(output), pointer(value), ctypes.byref(samples), ctypes.byref(sums),
-        ctypes.byref(no_side), None,
-    ) == 0  # fmt: skip
+    assert (
+        library.run_backward(
+            *call,
+            pointer(output),
+            pointer(value),
+            ctypes.byref(samples),
+            ctypes.byref(sums),
+            ctypes.byref(no_side),
+            None,
+        )
+        == 0
+    )
     assert torch.equal(grad_value[2, -1, 0], torch.arange(64.0))
     assert grad_value[2, -2].abs().sum() == 0

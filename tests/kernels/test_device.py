@@ -11,10 +11,15 @@ from .test_ops import OPERATORS, problem
 
 GPU = torch.cuda.is_available()
 SIZES = [
-    dict(), dict(B=1, Q=1, M=1, D=4, L=1, P=1), dict(D=16, L=4, P=3), dict(D=24, M=2, L=3),
-    dict(D=32, M=8, L=4, Q=130), dict(D=64, M=1, L=5, P=8), dict(D=128, M=2, L=2, P=5),
+    dict(),
+    dict(B=1, Q=1, M=1, D=4, L=1, P=1),
+    dict(D=16, L=4, P=3),
+    dict(D=24, M=2, L=3),
+    dict(D=32, M=8, L=4, Q=130),
+    dict(D=64, M=1, L=5, P=8),
+    dict(D=128, M=2, L=2, P=5),
     dict(D=32, M=1, L=5, P=16),
-]  # fmt: skip
+]
 
 
 def gpu(*values):
@@ -57,8 +62,7 @@ def run(operator, inputs, which):
 
 
 def assert_same(found, exact, tolerance):
-    for name, x, y in [("output", found[0], exact[0]),
-                       *((n, found[1][n], exact[1][n]) for n in exact[1])]:  # fmt: skip
+    for name, x, y in [("output", found[0], exact[0]), *((n, found[1][n], exact[1][n]) for n in exact[1])]:
         x, y = x.double().cpu(), y.double().cpu()
         error = (x - y).norm() / y.norm().clamp(min=1e-3)
         assert error <= tolerance, f"{name}: relative error {error:.1e}"  # NaN fails, too
@@ -127,11 +131,15 @@ def test_deterministic_algorithms_give_the_same_bits(device_and_path, operator):
 def test_inputs_need_be_neither_contiguous_nor_aligned(device, operator):
     inputs = on(device, problem(dtype=torch.float32, D=16))
     expected = run(operator, inputs, 0)
-    strided = {n: x.transpose(0, 1).contiguous().transpose(0, 1) if isinstance(x, torch.Tensor) else x
-               for n, x in inputs.items()}  # fmt: skip
+    strided = {
+        n: x.transpose(0, 1).contiguous().transpose(0, 1) if isinstance(x, torch.Tensor) else x
+        for n, x in inputs.items()
+    }
     assert_same(run(operator, strided, 0), expected, 1e-6)
-    shifted = {n: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
-               if isinstance(x, torch.Tensor) else x for n, x in inputs.items()}  # fmt: skip
+    shifted = {
+        n: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) if isinstance(x, torch.Tensor) else x
+        for n, x in inputs.items()
+    }
     assert shifted["value"].data_ptr() % 16
     function, before, after = OPERATORS[operator][0], *OPERATORS[operator][2:]
     found = function(*(shifted[n] for n in before), inputs["shapes"], *(shifted[n] for n in after))
@@ -162,8 +170,9 @@ def test_only_wanted_gradients_are_computed(device_and_path, operator):
 def test_splat_is_the_reference_to_the_last_bit(device):
     inputs = problem(B=2, Q=60, M=2, L=3, P=2, dtype=torch.float32)
     arguments = [inputs["locations"]], [inputs["weights"]], inputs["shapes"]
-    found = attention_map_splat(inputs["locations"].to(device), inputs["weights"].to(device),
-                                inputs["shapes"])  # fmt: skip
+    found = attention_map_splat(
+        inputs["locations"].to(device), inputs["weights"].to(device), inputs["shapes"]
+    )
     assert torch.equal(found.cpu(), reference.attention_map_splat(*arguments))
 
 
@@ -265,6 +274,5 @@ def test_cuda_operators_pass_opcheck():
     inputs = on("cuda", problem(B=1, Q=3, M=2, D=4, dtype=torch.float32))
     flat = [x for pair in inputs["shapes"] for x in pair]
     leaves = [inputs[n].requires_grad_() for n in ("value", "locations", "weights")]
-    torch.library.opcheck(torch.ops.sparse_detr.ms_deform_attn.default,
-                          (leaves[0], flat, *leaves[1:]))  # fmt: skip
+    torch.library.opcheck(torch.ops.sparse_detr.ms_deform_attn.default, (leaves[0], flat, *leaves[1:]))
     assert build.status("cuda").backend == "cuda"

@@ -64,14 +64,24 @@ def plain_key_aware(*args):
 # operator: (compiled, plain PyTorch, names of the tensors before and after `shapes`)
 OPERATORS = {
     "attention": (ms_deform_attn, reference.ms_deform_attn, ["value"], ["locations", "weights"]),
-    "fused, points": (ms_deform_attn_fused, reference.ms_deform_attn_fused, ["value"],
-                      ["point", "offsets", "logits"]),
-    "fused, boxes": (ms_deform_attn_fused, reference.ms_deform_attn_fused, ["value"],
-                     ["box", "offsets", "logits"]),
+    "fused, points": (
+        ms_deform_attn_fused,
+        reference.ms_deform_attn_fused,
+        ["value"],
+        ["point", "offsets", "logits"],
+    ),
+    "fused, boxes": (
+        ms_deform_attn_fused,
+        reference.ms_deform_attn_fused,
+        ["value"],
+        ["box", "offsets", "logits"],
+    ),
     "key-aware": (key_aware_deform_attn, plain_key_aware, ["query", "key", "value"], ["locations"]),
     "key-aware, keys are values": (
         lambda query, *rest: key_aware_deform_attn(query, None, *rest),
-        lambda query, *rest: plain_key_aware(query, None, *rest), ["query", "value"], ["locations"],
+        lambda query, *rest: plain_key_aware(query, None, *rest),
+        ["query", "value"],
+        ["locations"],
     ),
 }
 
@@ -87,9 +97,16 @@ def run(operator, inputs, which):
 
 
 SIZES = [
-    dict(), dict(B=1, Q=1, M=1, D=4, L=1, P=1), dict(D=16, L=4, P=3), dict(D=24, M=2, L=3),
-    dict(D=32, M=8, L=4), dict(D=64, M=1, L=5, P=8), dict(D=128, M=2, L=2, P=5), dict(B=3, D=7, M=5),
-    dict(Q=70, D=32), dict(D=3, L=5, P=1),
+    dict(),
+    dict(B=1, Q=1, M=1, D=4, L=1, P=1),
+    dict(D=16, L=4, P=3),
+    dict(D=24, M=2, L=3),
+    dict(D=32, M=8, L=4),
+    dict(D=64, M=1, L=5, P=8),
+    dict(D=128, M=2, L=2, P=5),
+    dict(B=3, D=7, M=5),
+    dict(Q=70, D=32),
+    dict(D=3, L=5, P=1),
 ]
 
 
@@ -105,7 +122,10 @@ def test_values_and_gradients_are_the_formulas(operator, size, dtype):
         assert gradient.dtype == problem(**size, dtype=dtype)[name].dtype
         scale = max(1.0, exact[1][name].abs().max().item())
         torch.testing.assert_close(
-            gradient.double() / scale, exact[1][name] / scale, rtol=tolerance, atol=tolerance,
+            gradient.double() / scale,
+            exact[1][name] / scale,
+            rtol=tolerance,
+            atol=tolerance,
             msg=f"gradient of {name}",
         )
 
@@ -133,7 +153,7 @@ def test_gradients_pass_gradcheck(operator):
     names = [*before, *after]
 
     def call(*tensors):
-        return function(*tensors[: len(before)], inputs["shapes"], *tensors[len(before):])
+        return function(*tensors[: len(before)], inputs["shapes"], *tensors[len(before) :])
 
     leaves = [inputs[n].clone().requires_grad_() for n in names]
     assert torch.autograd.gradcheck(call, leaves, eps=1e-6, atol=1e-5)
@@ -151,8 +171,7 @@ def test_operators_are_registered_as_pytorch_wants_them(operator):
     inputs = problem(B=1, Q=3, M=2, D=4, dtype=torch.float32)
     flat = [x for pair in inputs["shapes"] for x in pair]
     ops = torch.ops.sparse_detr
-    op = {"a": ops.ms_deform_attn, "f": ops.ms_deform_attn_fused, "k": ops.key_aware_deform_attn}[
-        operator[0]]
+    op = {"a": ops.ms_deform_attn, "f": ops.ms_deform_attn_fused, "k": ops.key_aware_deform_attn}[operator[0]]
     before, after = ([inputs[n].requires_grad_() for n in names] for names in OPERATORS[operator][2:])
     if operator == "key-aware, keys are values":
         before.insert(1, None)
@@ -167,19 +186,21 @@ def test_backward_operators_are_registered_as_pytorch_wants_them():
     rest = value, flat, locations, inputs["weights"]
     torch.library.opcheck(ops.ms_deform_attn_backward.default, (grad, *rest, [True, False, True]))
     rest = value, flat, inputs["box"], inputs["offsets"], inputs["logits"]
-    torch.library.opcheck(ops.ms_deform_attn_fused_backward.default,
-                          (grad, *rest, [True, True, False, True]))
+    torch.library.opcheck(ops.ms_deform_attn_fused_backward.default, (grad, *rest, [True, True, False, True]))
     for k in (key, None):
         output, lse = ops.key_aware_deform_attn(query, k, value, flat, locations)
-        torch.library.opcheck(ops.key_aware_deform_attn_backward.default,
-                              (grad, output, lse, query, k, value, flat, locations, [True] * 4))
+        torch.library.opcheck(
+            ops.key_aware_deform_attn_backward.default,
+            (grad, output, lse, query, k, value, flat, locations, [True] * 4),
+        )
 
 
 def test_splat_is_registered_as_pytorch_wants_it():
     inputs = problem(B=1, Q=3, M=2, dtype=torch.float32)
     flat = [x for pair in inputs["shapes"] for x in pair]
-    torch.library.opcheck(torch.ops.sparse_detr.attention_map_splat.default,
-                          ([inputs["locations"]], [inputs["weights"]], flat))
+    torch.library.opcheck(
+        torch.ops.sparse_detr.attention_map_splat.default, ([inputs["locations"]], [inputs["weights"]], flat)
+    )
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -223,8 +244,7 @@ def test_points_on_borders_and_pixel_centres(operator):
         inputs[name] = torch.rand(1, 64, 1, 4, generator=g, dtype=torch.float64)
     # Pixel centres, borders, the middle between pixels, partly outside; -1 and -2 are pixel -1 of a map.
     steps = torch.tensor([-3, -2, -1, 0, 1, 2, 3, 5, 8, 12, 15, 16, 19], dtype=torch.float64) / 16
-    inputs["locations"] = torch.cartesian_prod(steps, steps).view(1, 169, 1, 1, 1, 2).repeat(
-        1, 1, 1, 2, 1, 1)
+    inputs["locations"] = torch.cartesian_prod(steps, steps).view(1, 169, 1, 1, 1, 2).repeat(1, 1, 1, 2, 1, 1)
     exact, found = run(operator, inputs, 1), run(operator, inputs, 0)
     torch.testing.assert_close(found[0], exact[0], rtol=1e-12, atol=1e-12)
     for name in found[1]:
@@ -235,8 +255,9 @@ def test_points_on_borders_and_pixel_centres(operator):
 def test_queries_may_come_in_any_order(operator):
     inputs = problem(B=2, Q=50, dtype=torch.float32)
     order = torch.randperm(50)
-    mixed = {n: x[:, order] if isinstance(x, torch.Tensor) and x.shape[1] == 50 else x
-             for n, x in inputs.items()}
+    mixed = {
+        n: x[:, order] if isinstance(x, torch.Tensor) and x.shape[1] == 50 else x for n, x in inputs.items()
+    }
     expected, found = run(operator, inputs, 0)[0], run(operator, mixed, 0)[0]
     assert torch.equal(found, expected[:, order])
 
@@ -312,14 +333,23 @@ def test_splat_is_the_slow_loop_and_does_not_depend_on_order():
 def test_autocast_keeps_coordinates_in_float32():
     inputs = problem(D=16, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        out = ms_deform_attn_fused(inputs["value"], inputs["shapes"], inputs["point"],
-                                   inputs["offsets"], inputs["logits"])
+        out = ms_deform_attn_fused(
+            inputs["value"], inputs["shapes"], inputs["point"], inputs["offsets"], inputs["logits"]
+        )
         torch.testing.assert_close(
-            out, ms_deform_attn_fused(inputs["value"].bfloat16(), inputs["shapes"], inputs["point"],
-                                      inputs["offsets"], inputs["logits"]))
+            out,
+            ms_deform_attn_fused(
+                inputs["value"].bfloat16(),
+                inputs["shapes"],
+                inputs["point"],
+                inputs["offsets"],
+                inputs["logits"],
+            ),
+        )
     assert out.dtype == torch.bfloat16
-    exact = ms_deform_attn_fused(inputs["value"], inputs["shapes"], inputs["point"],
-                                 inputs["offsets"], inputs["logits"])
+    exact = ms_deform_attn_fused(
+        inputs["value"], inputs["shapes"], inputs["point"], inputs["offsets"], inputs["logits"]
+    )
     # Only the values were rounded: with bfloat16 coordinates the error would be many times this.
     assert (out.float() - exact).norm() < 2 * torch.finfo(torch.bfloat16).eps * exact.norm()
 
@@ -328,20 +358,24 @@ def test_flops_are_the_published_count():
     """4 multiply-adds per sample and channel: 4 * C * L * P per query; torch counts them twice."""
     inputs = problem(B=1, Q=10, M=8, D=32, L=4, P=4, dtype=torch.float32)
     with FlopCounterMode(display=False) as counter:
-        ms_deform_attn_fused(inputs["value"], inputs["shapes"], inputs["point"], inputs["offsets"],
-                             inputs["logits"])
+        ms_deform_attn_fused(
+            inputs["value"], inputs["shapes"], inputs["point"], inputs["offsets"], inputs["logits"]
+        )
     assert counter.get_total_flops() == 2 * 10 * 16384
 
 
-@pytest.mark.parametrize("operator, macs", [
-    ("attention", 4), ("fused, boxes", 4), ("key-aware", 10), ("key-aware, keys are values", 10)])
+@pytest.mark.parametrize(
+    "operator, macs",
+    [("attention", 4), ("fused, boxes", 4), ("key-aware", 10), ("key-aware, keys are values", 10)],
+)
 def test_fvcore_counts_the_operators_with_our_handles(operator, macs):
     """Key-aware attention counts as published: 4 for keys, 4 for values, 1 per score, 1 per sum."""
     nn = pytest.importorskip("fvcore.nn")
     function, _, before, after = OPERATORS[operator]
     inputs = problem(B=1, Q=10, M=8, D=32, L=4, P=4, dtype=torch.float32)
     model = torch.nn.Module.__new__(_Module).of(
-        lambda *x: function(*x[: len(before)], inputs["shapes"], *x[len(before):]))
+        lambda *x: function(*x[: len(before)], inputs["shapes"], *x[len(before) :])
+    )
     counts = nn.FlopCountAnalysis(model, tuple(inputs[n] for n in (*before, *after)))
     counts.unsupported_ops_warnings(False).set_op_handle(**flops.fvcore_handles())
     assert counts.total() == 10 * macs * 4096
@@ -386,19 +420,21 @@ class _Module(torch.nn.Module):
 def test_second_derivatives_are_refused():
     inputs = problem(B=1, Q=2, M=1, D=2)
     value = inputs["value"].requires_grad_()
-    out = ms_deform_attn(value, inputs["shapes"], inputs["locations"].requires_grad_(),
-                         inputs["weights"])
+    out = ms_deform_attn(value, inputs["shapes"], inputs["locations"].requires_grad_(), inputs["weights"])
     (gradient,) = torch.autograd.grad(out.sum(), inputs["locations"], create_graph=True)
     with pytest.raises(NotImplementedError, match="SPARSE_DETR_OPS=reference"):
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(shapes=((7, 5), (4, 4))), "value"),
-    (dict(locations=torch.zeros(2, 9, 3, 3, 4, 2)), "locations"),
-    (dict(weights=torch.zeros(2, 9, 3, 2, 5)), "weights"),
-    (dict(locations=torch.zeros(2, 9, 3, 2, 4, 2, dtype=torch.bfloat16)), "locations"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(shapes=((7, 5), (4, 4))), "value"),
+        (dict(locations=torch.zeros(2, 9, 3, 3, 4, 2)), "locations"),
+        (dict(weights=torch.zeros(2, 9, 3, 2, 5)), "weights"),
+        (dict(locations=torch.zeros(2, 9, 3, 2, 4, 2, dtype=torch.bfloat16)), "locations"),
+    ],
+)
 def test_what_does_not_fit_is_named(change, message):
     inputs = {**problem(dtype=torch.float32), **change}
     with pytest.raises(ValueError, match=message):

@@ -49,8 +49,7 @@ def step(model):
                 if isinstance(x, torch.Tensor):
                     keep(x)
 
-    hooks = [m.register_forward_pre_hook(inputs) for m in model.modules()
-             if isinstance(m, TransformerLayer)]  # fmt: skip
+    hooks = [m.register_forward_pre_hook(inputs) for m in model.modules() if isinstance(m, TransformerLayer)]
     torch.manual_seed(1)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         losses = model(batch)

@@ -69,8 +69,12 @@ def test_swin_takes_images_of_any_size_and_needs_no_timm():
         "swin = build_swin(embed_dim=12, depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 6)).train()\n"
         "print([tuple(m.shape[1:]) for m in swin(torch.randn(1, 3, 50, 75)).values()])\n"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True,
-                          text=True, cwd=Path(__file__).parents[2] / "projects")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2] / "projects",
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[(24, 7, 10), (48, 4, 5), (96, 2, 3)]"
 
@@ -105,6 +109,4 @@ def test_frozen_norms_in_the_weights_change_nothing(training):
             assert gradients[name].grad is None
         else:
             scale = float(parameter.grad.abs().max())  # up to 1e4: rounding is relative to it
-            torch.testing.assert_close(
-                gradients[name].grad, parameter.grad, rtol=0, atol=1e-10 * scale
-            )
+            torch.testing.assert_close(gradients[name].grad, parameter.grad, rtol=0, atol=1e-10 * scale)

@@ -38,8 +38,10 @@ def test_the_map_is_what_a_loop_over_all_samples_collects():
             left, top = math.floor(x * width), math.floor(y * height)
             dx, dy = x * width - left, y * height - top
             for row, column, share in (
-                (top, left, (1 - dx) * (1 - dy)), (top, left + 1, dx * (1 - dy)),
-                (top + 1, left, (1 - dx) * dy), (top + 1, left + 1, dx * dy),
+                (top, left, (1 - dx) * (1 - dy)),
+                (top, left + 1, dx * (1 - dy)),
+                (top + 1, left, (1 - dx) * dy),
+                (top + 1, left + 1, dx * dy),
             ):
                 if 0 <= row < height and 0 <= column < width:
                     wanted[image, starts[level] + row * width + column] += weight * share
@@ -66,11 +68,12 @@ def test_the_loss_is_the_multi_label_soft_margin_over_all_or_only_valid_tokens()
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(2, 6, generator=generator)
     target = (torch.rand(2, 6, generator=generator) > 0.5).float()
-    torch.testing.assert_close(scoring_loss(scores, target),
-                               F.multilabel_soft_margin_loss(scores, target))
+    torch.testing.assert_close(scoring_loss(scores, target), F.multilabel_soft_margin_loss(scores, target))
     mask = torch.tensor([[False] * 6, [False, False, True, True, True, True]])
-    wanted = (F.multilabel_soft_margin_loss(scores[:1], target[:1])
-              + F.multilabel_soft_margin_loss(scores[1:, :2], target[1:, :2])) / 2
+    wanted = (
+        F.multilabel_soft_margin_loss(scores[:1], target[:1])
+        + F.multilabel_soft_margin_loss(scores[1:, :2], target[1:, :2])
+    ) / 2
     torch.testing.assert_close(scoring_loss(scores, target, mask), wanted)
 
 

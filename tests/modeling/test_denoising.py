@@ -69,8 +69,8 @@ def test_without_noise_every_match_is_the_object_itself():
     group = out.groups[0]
     assert (group.size, group.suffix, group.normalizer) == (2 * 3 * 3, "_dn", 3)
     assert out.groups[1:] == queries.groups
-    assert_close(out.content[:, group.size:], queries.content)
-    assert_close(out.reference[:, group.size:], queries.reference)
+    assert_close(out.content[:, group.size :], queries.content)
+    assert_close(out.reference[:, group.size :], queries.reference)
 
     matches = group.matches
     assert len(matches.query) == 3 * 5  # every object once per group
@@ -111,20 +111,25 @@ def test_given_draws_decide_everything():
     (target,) = targets = objects(1)
     denoising = make(num_queries=1, box_noise_scale=0.5)
     noise = Noise(
-        label_chance=torch.tensor([0.2, 0.3]), label=torch.tensor([4, 4]),
-        box_sign=torch.tensor([[1, 1, 1, 1], [-1, 1, 1, -1]]), box_part=torch.full((2, 4), 0.4),
+        label_chance=torch.tensor([0.2, 0.3]),
+        label=torch.tensor([4, 4]),
+        box_sign=torch.tensor([[1, 1, 1, 1], [-1, 1, 1, -1]]),
+        box_part=torch.full((2, 4), 0.4),
     )
     denoising.draw = lambda rows, like: noise
     out = denoising(detection_queries(1), targets)
-    assert_close(out.content[0, :2], denoising.label_embed(torch.stack(
-        [torch.tensor(4), target.labels[0]])))  # 0.2 is below 0.5 / 2, 0.3 is not
+    assert_close(
+        out.content[0, :2], denoising.label_embed(torch.stack([torch.tensor(4), target.labels[0]]))
+    )  # 0.2 is below 0.5 / 2, 0.3 is not
     x1, y1, x2, y2 = cxcywh_to_xyxy(target.boxes[0])
     w, h = target.boxes[0, 2:] / 2
     near, far = 0.4 * 0.5, 1.4 * 0.5  # part * scale, of half the box
-    wanted = torch.stack([
-        torch.stack([x1 + near * w, y1 + near * h, x2 + near * w, y2 + near * h]),
-        torch.stack([x1 - far * w, y1 + far * h, x2 + far * w, y2 - far * h]),
-    ])
+    wanted = torch.stack(
+        [
+            torch.stack([x1 + near * w, y1 + near * h, x2 + near * w, y2 + near * h]),
+            torch.stack([x1 - far * w, y1 + far * h, x2 + far * w, y2 - far * h]),
+        ]
+    )
     assert_close(cxcywh_to_xyxy(out.reference[0, :2]), wanted)
 
 

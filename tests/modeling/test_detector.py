@@ -13,8 +13,12 @@ from sparse_detr.yacs import add_sparse_detr_config
 
 from .tiny import sample, shrink, tiny_model, total_losses
 
-VARIANTS = ["deformable_detr_r50_50ep", "deformable_detr_r50_refine_50ep",
-            "deformable_detr_r50_two_stage_50ep", "deformable_detr_r50_efficient_50ep"]
+VARIANTS = [
+    "deformable_detr_r50_50ep",
+    "deformable_detr_r50_refine_50ep",
+    "deformable_detr_r50_two_stage_50ep",
+    "deformable_detr_r50_efficient_50ep",
+]
 VARIANTS = [f"deformable_detr/{name}" for name in VARIANTS]
 
 
@@ -35,8 +39,9 @@ def test_a_training_step_reaches_every_trained_parameter(config):
     assert set(losses) == {f"loss_{k}{s}" for k in ("class", "bbox", "giou") for s in suffixes}
 
 
-@pytest.mark.parametrize("config", [*VARIANTS, "dino/dino_r50_4scale_12ep",
-                                    "sparse_detr/sparse_detr_r50_30_50ep"])
+@pytest.mark.parametrize(
+    "config", [*VARIANTS, "dino/dino_r50_4scale_12ep", "sparse_detr/sparse_detr_r50_30_50ep"]
+)
 def test_all_layers_start_from_the_same_heads(config):
     groups = [m for m in tiny_model(config).modules() if isinstance(m, DetectionHeads)]
     for heads in groups:
@@ -178,8 +183,10 @@ def test_yacs_users_get_the_same_model(name):
     cfg.MODEL.META_ARCHITECTURE = name
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.DETR.NUM_CLASSES = 7
-    cfg.MODEL.DETR.OVERRIDES = ["model.transformer.decoder.num_layers=1",
-                                "model.transformer.encoder.num_layers=6"]
+    cfg.MODEL.DETR.OVERRIDES = [
+        "model.transformer.decoder.num_layers=1",
+        "model.transformer.encoder.num_layers=6",
+    ]
     cfg.TEST.DETECTIONS_PER_IMAGE = 20
     model = build_model(cfg)
     assert isinstance(model, cls)

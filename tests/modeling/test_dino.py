@@ -88,11 +88,13 @@ def test_the_denoising_loss_is_a_mean_over_its_groups():
     """Twice as many groups of the same noise-free queries leave box losses where they are."""
     losses = []
     for count in (2, 8):
-        model = dino(overrides=[
-            f"model.transformer.denoising.num_queries={count}",
-            "model.transformer.denoising.label_noise_ratio=0.0",
-            "model.transformer.denoising.box_noise_scale=0.0",
-        ]).train()
+        model = dino(
+            overrides=[
+                f"model.transformer.denoising.num_queries={count}",
+                "model.transformer.denoising.label_noise_ratio=0.0",
+                "model.transformer.denoising.box_noise_scale=0.0",
+            ]
+        ).train()
         losses.append(model([sample(64, 64, num_boxes=2)]))
     for name in ("loss_bbox_dn", "loss_giou_dn", "loss_bbox_dn_0"):
         assert_close(losses[0][name], losses[1][name])
@@ -107,15 +109,13 @@ def test_looking_forward_twice_lets_a_loss_reach_the_layer_before(twice):
 
 
 def test_contents_are_learned_or_the_chosen_tokens_without_gradient():
-    learned, taken = dino(), dino(overrides=[
-        "model.transformer.query_selection.learned_content=false"])
+    learned, taken = dino(), dino(overrides=["model.transformer.query_selection.learned_content=false"])
     taken.load_state_dict(learned.state_dict(), strict=False)
     image = [sample(64, 64, annotated=False)]
     contents = []
     for model in (learned.eval(), taken.eval()):
         seen = []
-        model.transformer.decoder.register_forward_pre_hook(
-            lambda _, args, seen=seen: seen.append(args[0]))
+        model.transformer.decoder.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         model.detect(model.preprocess(image))
         contents.append(seen[0].content[0])
     assert torch.equal(contents[0], learned.transformer.query_selection.content.weight)
@@ -171,24 +171,21 @@ DETREX_NAMES = {
     "neck.extra_convs.0.norm.weight": "neck.norms.3.weight",
     "transformer.level_embeds": "transformer.level_embed",
     "transformer.tgt_embed.weight": "transformer.query_selection.content.weight",
-    "transformer.encoder.layers.1.attentions.0.value_proj.weight":
-        "transformer.encoder.layers.1.attention.value_proj.weight",
-    "transformer.encoder.layers.1.ffns.0.layers.0.0.bias":
-        "transformer.encoder.layers.1.ffn.linear1.bias",
+    "transformer.encoder.layers.1.attentions.0.value_proj.weight": "transformer.encoder.layers.1.attention.value_proj.weight",
+    "transformer.encoder.layers.1.ffns.0.layers.0.0.bias": "transformer.encoder.layers.1.ffn.linear1.bias",
     "transformer.encoder.layers.1.norms.1.weight": "transformer.encoder.layers.1.ffn.norm.weight",
-    "transformer.decoder.layers.0.attentions.0.attn.in_proj_weight":
-        "transformer.decoder.layers.0.self_attention.in_proj_weight",
+    "transformer.decoder.layers.0.attentions.0.attn.in_proj_weight": "transformer.decoder.layers.0.self_attention.in_proj_weight",
     "transformer.decoder.layers.0.norms.0.weight": "transformer.decoder.layers.0.self_norm.weight",
     "transformer.decoder.layers.0.norms.1.weight": "transformer.decoder.layers.0.cross_norm.weight",
-    "transformer.decoder.ref_point_head.layers.0.weight":
-        "transformer.decoder.position_mlp.layers.0.weight",
+    "transformer.decoder.ref_point_head.layers.0.weight": "transformer.decoder.position_mlp.layers.0.weight",
     "class_embed.0.weight": "transformer.heads.class_heads.0.weight",
     "class_embed.2.weight": "transformer.proposal_head.class_head.weight",  # after two layers
     "bbox_embed.1.layers.2.bias": "transformer.heads.box_heads.1.layers.2.bias",
     "label_enc.weight": "transformer.denoising.label_embed.weight",
 }
 ALIASES = [
-    "transformer.decoder.class_embed.0.weight", "transformer.decoder.bbox_embed.1.layers.2.bias",
+    "transformer.decoder.class_embed.0.weight",
+    "transformer.decoder.bbox_embed.1.layers.2.bias",
 ]
 
 
@@ -206,8 +203,7 @@ def test_detrex_names_are_converted_and_second_names_are_dropped():
     state = published(model)
     converted, report = convert_state_dict(state, model)
     assert report.family == "detrex" and not report.unexpected
-    assert {k: converted[v] is state[k] for k, v in DETREX_NAMES.items()} == dict.fromkeys(
-        DETREX_NAMES, True)
+    assert {k: converted[v] is state[k] for k, v in DETREX_NAMES.items()} == dict.fromkeys(DETREX_NAMES, True)
     assert sorted(report.ignored) == sorted(ALIASES)
     assert set(report.missing) == set(model.state_dict()) - set(DETREX_NAMES.values())
 

@@ -115,7 +115,7 @@ def test_the_loss_is_a_focal_sum_per_foreground_token():
     targets = torch.rand(3, 40) < 0.2
     targets[2] = False
     p = logits.sigmoid()
-    loss = torch.where(targets, -0.25 * (1 - p)**2 * p.log(), -0.75 * p**2 * (1 - p).log()).sum(1)
+    loss = torch.where(targets, -0.25 * (1 - p) ** 2 * p.log(), -0.75 * p**2 * (1 - p).log()).sum(1)
     assert_close(foreground_loss(logits, targets), (loss / targets.sum(1).clamp(min=1)).mean())
 
 
@@ -139,9 +139,10 @@ def test_coarse_scores_modulate_fine_ones():
         scorer.alpha.copy_(torch.tensor([0.0, 0.0, 0.75]))  # coarse to fine: only 1 onto 0
         scores = scorer(tokens.features, tokens)
         each = [scorer.scorer(x) for x in levels]
-        assert_close(scores[:, 12 * 16:], torch.cat(each[1:], dim=1))
+        assert_close(scores[:, 12 * 16 :], torch.cat(each[1:], dim=1))
         above = torch.nn.functional.interpolate(
-            each[1].view(1, 1, 6, 8), (12, 16), mode="bilinear", align_corners=True).view(1, -1, 1)
+            each[1].view(1, 1, 6, 8), (12, 16), mode="bilinear", align_corners=True
+        ).view(1, -1, 1)
         finest = scores[:, : 12 * 16]
         wanted = scorer.scorer(levels[0] * (1 + 0.75 * above))
         assert_close(finest, wanted, rtol=0, atol=1e-12)
@@ -220,8 +221,9 @@ def test_values_are_the_input_or_run_with_the_layers():
     fixed, running = (encode(focus(running_value=r), (1, 1))[0] for r in (False, True))
     assert torch.equal(fixed.selected, running.selected)
     assert not torch.allclose(fixed.memory, running.memory)
-    one, other = (encode(focus(num_layers=1, layer_ratios=[1.0], running_value=r), (1, 1))[0]
-                  for r in (False, True))
+    one, other = (
+        encode(focus(num_layers=1, layer_ratios=[1.0], running_value=r), (1, 1))[0] for r in (False, True)
+    )
     assert torch.equal(one.memory, other.memory)  # the first layer sees the input either way
 
 
@@ -261,12 +263,21 @@ def test_results_follow_the_order_of_the_images():
 def test_only_the_selection_learns_from_the_foreground_loss():
     model = focus().train()
     model([sample(64, 96)])["loss_foreground"].backward()
-    moved = {".".join(name.split(".")[:3]) for name, p in model.named_parameters()
-             if p.grad is not None and p.grad.abs().max() > 0}
-    assert {"transformer.encoder.foreground", "transformer.proposal_head.projection",
-            "transformer.proposal_head.norm", "neck.convs.0"} <= moved
-    assert not any(name.startswith(("transformer.encoder.layers", "transformer.decoder",
-                                    "transformer.heads")) for name in moved)
+    moved = {
+        ".".join(name.split(".")[:3])
+        for name, p in model.named_parameters()
+        if p.grad is not None and p.grad.abs().max() > 0
+    }
+    assert {
+        "transformer.encoder.foreground",
+        "transformer.proposal_head.projection",
+        "transformer.proposal_head.norm",
+        "neck.convs.0",
+    } <= moved
+    assert not any(
+        name.startswith(("transformer.encoder.layers", "transformer.decoder", "transformer.heads"))
+        for name in moved
+    )
     assert "transformer.proposal_head.class_head" not in moved
     foreground = model.transformer.encoder.foreground
     assert all(p.grad.abs().max() > 0 for p in foreground.parameters())
@@ -332,7 +343,9 @@ def test_three_levels_and_other_depths_work():
     model = shrink(get_config(FOCUS).model)
     model.transformer.num_levels = 3
     model.transformer.encoder.update(
-        num_layers=3, layer_ratios=[1.0, 0.5, 0.5], strides=[8, 16, 32],
+        num_layers=3,
+        layer_ratios=[1.0, 0.5, 0.5],
+        strides=[8, 16, 32],
         size_ranges=[[-1, 64], [64, 128], [128, 999999]],
     )
     losses = instantiate(model).train()([sample(64, 96)])
@@ -364,13 +377,10 @@ def test_a_single_stage_base_needs_a_proposal_head():
 
 DETREX_NAMES = {
     "transformer.alpha": "transformer.encoder.foreground.alpha",
-    "transformer.enc_mask_predictor.layer1.1.weight":
-        "transformer.encoder.foreground.scorer.layer1.1.weight",
-    "transformer.encoder.layers.1.attentions.0.attn.in_proj_weight":
-        "transformer.encoder.layers.1.object_attention.in_proj_weight",
+    "transformer.enc_mask_predictor.layer1.1.weight": "transformer.encoder.foreground.scorer.layer1.1.weight",
+    "transformer.encoder.layers.1.attentions.0.attn.in_proj_weight": "transformer.encoder.layers.1.object_attention.in_proj_weight",
     "transformer.encoder.layers.1.norm2.bias": "transformer.encoder.layers.1.object_norm.bias",
-    "transformer.encoder.layers.1.attentions.1.value_proj.weight":
-        "transformer.encoder.layers.1.attention.value_proj.weight",
+    "transformer.encoder.layers.1.attentions.1.value_proj.weight": "transformer.encoder.layers.1.attention.value_proj.weight",
     "transformer.encoder.layers.1.norms.0.weight": "transformer.encoder.layers.1.norm.weight",
     "class_embed.2.weight": "transformer.proposal_head.class_head.weight",
 }

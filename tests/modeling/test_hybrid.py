@@ -45,7 +45,9 @@ def test_training_has_both_groups_and_inference_the_first():
     model = hybrid()
     _, output = train(model)
     assert [(g.size, g.suffix, g.repeat) for g in output.groups] == [
-        (FIRST, "", 1), (SECOND, "_one2many", REPEAT)]
+        (FIRST, "", 1),
+        (SECOND, "_one2many", REPEAT),
+    ]
     assert output.decoded.logits[0].shape[1] == FIRST + SECOND
     assert output.logits.shape[1] == FIRST
     with torch.no_grad():
@@ -112,9 +114,10 @@ def test_the_second_loss_is_the_criterion_on_repeated_objects():
     losses = model.losses(output, targets)
     repeated = [Target(t.labels.repeat(REPEAT), t.boxes.repeat(REPEAT, 1), t.size) for t in targets]
     for layer, suffix in ((1, ""), (0, "_0")):
-        alone = model.criterion([Predictions(
-            output.decoded.logits[layer][:, FIRST:], output.decoded.boxes[layer][:, FIRST:]
-        )], repeated)
+        alone = model.criterion(
+            [Predictions(output.decoded.logits[layer][:, FIRST:], output.decoded.boxes[layer][:, FIRST:])],
+            repeated,
+        )
         for name, value in alone.items():
             assert_close(losses[f"{name}_one2many{suffix}"], 0.5 * value)
 
@@ -125,8 +128,9 @@ def test_without_objects_both_losses_are_those_of_one_object():
     losses = model.train()([sample(64, 64, num_boxes=0)])
     targets = [Target(torch.zeros(0, dtype=torch.long), torch.zeros(0, 4), (64, 64))]
     output = model.detect(model.preprocess([sample(64, 64, num_boxes=0)]), targets)
-    alone = model.criterion([Predictions(
-        output.decoded.logits[-1][:, FIRST:], output.decoded.boxes[-1][:, FIRST:])], targets)
+    alone = model.criterion(
+        [Predictions(output.decoded.logits[-1][:, FIRST:], output.decoded.boxes[-1][:, FIRST:])], targets
+    )
     assert_close(losses["loss_class_one2many"], alone["loss_class"])
 
 
@@ -134,8 +138,11 @@ def test_a_training_step_reaches_every_parameter():
     model = hybrid()
     targets, output = train(model)
     losses = model.losses(output, targets)
-    assert set(losses) == {f"loss_{kind}{suffix}" for kind in ("class", "bbox", "giou")
-                           for suffix in ("", "_0", "_one2many", "_one2many_0", "_enc")}
+    assert set(losses) == {
+        f"loss_{kind}{suffix}"
+        for kind in ("class", "bbox", "giou")
+        for suffix in ("", "_0", "_one2many", "_one2many_0", "_enc")
+    }
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
@@ -163,8 +170,10 @@ def test_published_contents_are_recognised():
     """One matrix of contents, where single-stage models keep positions and contents in one."""
     model = hybrid()
     weight = torch.randn(FIRST + SECOND, 32)
-    state = {"query_embed.weight": weight,
-             "transformer.encoder.layers.0.self_attn.value_proj.bias": torch.zeros(32)}
+    state = {
+        "query_embed.weight": weight,
+        "transformer.encoder.layers.0.self_attn.value_proj.bias": torch.zeros(32),
+    }
     converted, report = convert_state_dict(state, model)
     assert report.family == "deformable" and not report.unexpected
     assert torch.equal(converted["transformer.query_selection.content.weight"], weight)
@@ -174,8 +183,11 @@ def test_lite_h_detr_is_lite_detrs_encoder_and_attention_on_h_detr():
     """Every part has the parameters, under the same names, that it has where it comes from."""
     lite_h, lite, h = (
         {name: value.shape for name, value in tiny_model(config).state_dict().items()}
-        for config in ("lite_detr/lite_h_detr_r50_h3l1_2p1x3_36ep",
-                       "lite_detr/lite_dino_r50_h3l1_2p1x3_36ep", HYBRID)
+        for config in (
+            "lite_detr/lite_h_detr_r50_h3l1_2p1x3_36ep",
+            "lite_detr/lite_dino_r50_h3l1_2p1x3_36ep",
+            HYBRID,
+        )
     )
     from_lite = {k for k in lite_h if "transformer.encoder." in k or ".cross_attention." in k}
     assert any("cross_attention.query_proj" in k for k in from_lite)

@@ -13,15 +13,17 @@ from sparse_detr.modeling import DeformableDecoderLayer, KeyAwareDeformAttn, MSD
 SHAPES = ((5, 7), (3, 4), (2, 2))
 TOKENS = sum(h * w for h, w in SHAPES)
 BATCH, QUERIES, WIDTH, HEADS, POINTS = 2, 6, 16, 4, 3
-OPTIONS = [dict(key_projection=k, shared_offsets=s)
-           for k, s in itertools.product([False, True], [False, True])]
+OPTIONS = [
+    dict(key_projection=k, shared_offsets=s) for k, s in itertools.product([False, True], [False, True])
+]
 
 
 def layer(seed=0, cls=KeyAwareDeformAttn, **options):
     """In double precision and with every parameter drawn, so that samples spread over the maps."""
     torch.manual_seed(seed)
-    attention = cls(embed_dim=WIDTH, num_heads=HEADS, num_levels=len(SHAPES), num_points=POINTS,
-                    **options).double()
+    attention = cls(
+        embed_dim=WIDTH, num_heads=HEADS, num_levels=len(SHAPES), num_points=POINTS, **options
+    ).double()
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return attention
@@ -62,8 +64,7 @@ def as_defined(attention, query, reference, value, shapes, mask):
             for source, found in ((key, keys), (value, values)):
                 level_map = source[b, starts[level] : starts[level + 1], channels]
                 level_map = level_map.T.reshape(1, depth, h, w)
-                sampled = F.grid_sample(level_map, (2 * at - 1).view(1, 1, 1, 2),
-                                        align_corners=False)
+                sampled = F.grid_sample(level_map, (2 * at - 1).view(1, 1, 1, 2), align_corners=False)
                 found.append(sampled.flatten())
         score = torch.stack(keys) @ attention.query_proj(query)[b, q, channels] / depth**0.5
         rows.append(score.softmax(0) @ torch.stack(values))
@@ -108,15 +109,15 @@ def test_padding_is_never_read():
     attention = layer(key_projection=True)
     query, reference, value, shapes, mask = inputs()
     other = torch.where(mask[..., None], torch.full_like(value, 1e6), value)
-    assert_close(attention(query, reference, value, shapes, mask)[0],
-                 attention(query, reference, other, shapes, mask)[0])
+    assert_close(
+        attention(query, reference, value, shapes, mask)[0],
+        attention(query, reference, other, shapes, mask)[0],
+    )
 
 
 def test_a_sample_outside_keeps_its_part_of_the_softmax():
     """Score 0, not minus infinity: one sample inside among n weighs e^s / (e^s + n - 1)."""
-    attention = KeyAwareDeformAttn(
-        embed_dim=1, num_heads=1, num_levels=1, num_points=3
-    ).double()
+    attention = KeyAwareDeformAttn(embed_dim=1, num_heads=1, num_levels=1, num_points=3).double()
     with torch.no_grad():
         for name, parameter in attention.named_parameters():
             parameter.fill_(1.0 if "proj.weight" in name else 0.0)
@@ -175,7 +176,9 @@ def test_it_takes_the_place_of_plain_attention_in_a_decoder_layer():
     plain, aware = (
         DeformableDecoderLayer(
             cross_attention=cls(embed_dim=32, num_heads=4, num_levels=3, num_points=2),
-            embed_dim=32, num_heads=4, ffn_dim=48,
+            embed_dim=32,
+            num_heads=4,
+            ffn_dim=48,
         ).cross_attention
         for cls in (MSDeformAttn, KeyAwareDeformAttn)
     )

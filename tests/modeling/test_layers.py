@@ -25,8 +25,16 @@ def test_sine_position_of_a_cell_follows_the_formula(offset):
     y = (row + 1 + offset) / (3 + 1e-6) * 2 * math.pi
     x = (column + 1 + offset) / (4 + 1e-6) * 2 * math.pi
     slow = 20.0 ** (2 / 4)
-    expected = [math.sin(y), math.cos(y), math.sin(y / slow), math.cos(y / slow),
-                math.sin(x), math.cos(x), math.sin(x / slow), math.cos(x / slow)]
+    expected = [
+        math.sin(y),
+        math.cos(y),
+        math.sin(y / slow),
+        math.cos(y / slow),
+        math.sin(x),
+        math.cos(x),
+        math.sin(x / slow),
+        math.cos(x / slow),
+    ]
     torch.testing.assert_close(code[row, column], torch.tensor(expected, dtype=torch.float64))
 
 

@@ -25,8 +25,9 @@ SHAPES = ((8, 10), (4, 5), (2, 3), (1, 2))
 WIDTH = 16
 
 
-def encoder(layer=LiteEncoderLayer, attention=KeyAwareDeformAttn, low_ffn_dim=WIDTH, levels=4,
-            seed=0, **options):
+def encoder(
+    layer=LiteEncoderLayer, attention=KeyAwareDeformAttn, low_ffn_dim=WIDTH, levels=4, seed=0, **options
+):
     """A small one in double precision, its parameters drawn."""
     torch.manual_seed(seed)
     attention = attention(embed_dim=WIDTH, num_heads=4, num_levels=levels, num_points=2)
@@ -56,8 +57,12 @@ def tokens(shapes=SHAPES, batch=2, seed=0, grow=(0, 0)):
     ratios = ratios.expand(batch, -1, -1)
     features, position = flatten_levels(maps).chunk(2, dim=-1)
     return Tokens(
-        features=features, position=position, mask=flatten_levels(masks), shapes=padded,
-        valid_ratios=ratios, reference_points=encoder_reference_points(padded, ratios),
+        features=features,
+        position=position,
+        mask=flatten_levels(masks),
+        shapes=padded,
+        valid_ratios=ratios,
+        reference_points=encoder_reference_points(padded, ratios),
         has_padding=grow != (0, 0),
     )
 
@@ -129,8 +134,7 @@ def test_only_layers_that_need_a_small_network_have_one():
 
 def test_with_all_levels_high_it_is_the_dense_encoder():
     data = tokens(grow=(1, 3))
-    lite = encoder(attention=MSDeformAttn, low_ffn_dim=None, num_layers=2, num_blocks=1,
-                   num_high_levels=4)
+    lite = encoder(attention=MSDeformAttn, low_ffn_dim=None, num_layers=2, num_blocks=1, num_high_levels=4)
     dense = encoder(DeformableEncoderLayer, attention=MSDeformAttn, num_layers=2)
     dense.load_state_dict(lite.state_dict())
     assert_close(lite(data).memory, dense(data).memory)
@@ -202,10 +206,13 @@ def test_parameters_of_the_published_models(name, parameters):
 
 def test_key_aware_attention_is_switched_by_name():
     plain = published_parameters(PLAIN)
-    switched = published_parameters(LITE, [
-        f"model.transformer.{layer}._target_=sparse_detr.modeling.MSDeformAttn"
-        for layer in ("encoder.layer.attention", "decoder.layer.cross_attention")
-    ])
+    switched = published_parameters(
+        LITE,
+        [
+            f"model.transformer.{layer}._target_=sparse_detr.modeling.MSDeformAttn"
+            for layer in ("encoder.layer.attention", "decoder.layer.cross_attention")
+        ],
+    )
     # 12 attentions: 256 * 128 + 128 of attention weights for 256 * 256 + 256 of query projection
     assert plain == switched == 47684222 + 12 * (32896 - 65792)
 
@@ -240,13 +247,21 @@ def published_names(model):
             ("backbone.stem.conv1.norm.", "backbone.0.body.bn1."),
             ("backbone.stem.", "backbone.0.body."),
             *((f"backbone.res{n + 1}.", f"backbone.0.body.layer{n}.") for n in (1, 2, 3, 4)),
-            ("conv1.norm.", "bn1."), ("conv2.norm.", "bn2."), ("conv3.norm.", "bn3."),
-            ("shortcut.norm.", "downsample.1."), ("shortcut.", "downsample.0."),
-            ("low_ffn.linear1.", "linear12."), ("low_ffn.linear2.", "linear22."),
-            ("low_ffn.norm.", "norm22."), ("self_attention.", "self_attn."),
-            ("cross_attention.", "cross_attn."), (".attention.", ".self_attn."),
-            ("self_norm.", "norm2."), ("cross_norm.", "norm1."),
-            ("ffn.norm.", "norm2." if ".encoder." in name else "norm3."), ("ffn.linear", "linear"),
+            ("conv1.norm.", "bn1."),
+            ("conv2.norm.", "bn2."),
+            ("conv3.norm.", "bn3."),
+            ("shortcut.norm.", "downsample.1."),
+            ("shortcut.", "downsample.0."),
+            ("low_ffn.linear1.", "linear12."),
+            ("low_ffn.linear2.", "linear22."),
+            ("low_ffn.norm.", "norm22."),
+            ("self_attention.", "self_attn."),
+            ("cross_attention.", "cross_attn."),
+            (".attention.", ".self_attn."),
+            ("self_norm.", "norm2."),
+            ("cross_norm.", "norm1."),
+            ("ffn.norm.", "norm2." if ".encoder." in name else "norm3."),
+            ("ffn.linear", "linear"),
             ("position_mlp.", "ref_point_head."),
             ("transformer.denoising.label_embed.", "label_enc."),
             ("query_selection.content.", "tgt_embed."),

@@ -21,8 +21,9 @@ def random_boxes(*shape, seed=0):
 def make_targets(*counts, num_classes=4, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return [
-        Target(torch.randint(num_classes, (n,), generator=generator), random_boxes(n, seed=seed + i),
-               (100, 100))
+        Target(
+            torch.randint(num_classes, (n,), generator=generator), random_boxes(n, seed=seed + i), (100, 100)
+        )
         for i, n in enumerate(counts)
     ]
 
@@ -54,8 +55,10 @@ def test_matcher_finds_the_cheapest_assignment():
         mine = match.batch == image
         found = cost[match.query[mine], match.target[mine] - start].sum()
         best = min(
-            (sum(cost[q, g] for g, q in enumerate(p))
-             for p in itertools.permutations(range(5), cost.shape[1])),
+            (
+                sum(cost[q, g] for g, q in enumerate(p))
+                for p in itertools.permutations(range(5), cost.shape[1])
+            ),
             default=torch.zeros(()),
         )
         torch.testing.assert_close(found, torch.as_tensor(best, dtype=found.dtype))
@@ -88,9 +91,11 @@ def reference_losses(logits, boxes, targets, matches):
     for b, q, g in zip(matches.batch, matches.query, matches.target):
         one_hot[b, q, labels[g]] = 1
         l1 = l1 + (boxes[b, q] - wanted[g]).abs().sum()
-        overlap = overlap + 1 - generalized_box_iou(
-            cxcywh_to_xyxy(boxes[b, q][None]), cxcywh_to_xyxy(wanted[g][None])
-        )[0, 0]
+        overlap = (
+            overlap
+            + 1
+            - generalized_box_iou(cxcywh_to_xyxy(boxes[b, q][None]), cxcywh_to_xyxy(wanted[g][None]))[0, 0]
+        )
     n = max(1, len(labels))
     focal = sigmoid_focal_loss(logits, one_hot, alpha=0.25, gamma=2, reduction="sum")
     return focal / n, l1 / n, overlap / n
@@ -139,8 +144,13 @@ def test_prediction_sets_differ_in_how_objects_are_assigned():
     sets = [
         Predictions(logits, boxes, suffix="_enc", class_agnostic=True),
         Predictions(logits, boxes, suffix="_many", repeat=3, weight=0.5),
-        Predictions(logits, boxes, suffix="_dn", normalizer=4.0, matches=Matches(
-            *(torch.tensor(x) for x in ([0, 1], [4, 2], [1, 2])))),
+        Predictions(
+            logits,
+            boxes,
+            suffix="_dn",
+            normalizer=4.0,
+            matches=Matches(*(torch.tensor(x) for x in ([0, 1], [4, 2], [1, 2]))),
+        ),
     ]
     one, many, known = criterion.match(sets, targets)
     assert len(one.query) == 3 and len(many.query) == 9 and known is sets[2].matches

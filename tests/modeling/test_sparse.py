@@ -84,8 +84,7 @@ def test_bfloat16_autocast_trains():
 
 
 def test_the_best_tokens_are_chosen_and_come_first():
-    output = sparse_model().eval().transformer([m.float() for m in feature_maps(2)],
-                                               masks((1, 1), (0.6, 1)))
+    output = sparse_model().eval().transformer([m.float() for m in feature_maps(2)], masks((1, 1), (0.6, 1)))
     encoded = output.encoded
     ranked = gather_tokens(encoded.scores, encoded.selected)
     assert (ranked.diff(dim=1) <= 0).all()
@@ -95,13 +94,13 @@ def test_the_best_tokens_are_chosen_and_come_first():
 
 def test_the_order_of_visits_changes_nothing(monkeypatch):
     """Neither what is chosen and refreshed, nor which losses and gradients follow."""
+
     def run():
         model = sparse_model(keep_ratio=0.25).double().train()
         losses = model([sample(64, 80), sample(50, 90)])
         sum(losses.values()).backward()
         gradient = model.transformer.encoder.layers[0].attention.value_proj.weight.grad
-        encoded = model.eval().transformer(
-            feature_maps(2), masks((1, 1), (0.5, 0.75))).encoded
+        encoded = model.eval().transformer(feature_maps(2), masks((1, 1), (0.5, 0.75))).encoded
         return losses, gradient, encoded
 
     by_place = run()
@@ -176,8 +175,11 @@ def test_a_training_step_reaches_every_trained_parameter(scoring, num_boxes):
 def test_the_scoring_loss_trains_the_scorer_and_what_it_reads():
     model = sparse_model(keep_ratio=0.2).train()
     model([sample(64, 96)])["loss_mask_prediction"].backward()
-    reached = {".".join(name.split(".")[:2]) for name, p in model.named_parameters()
-               if p.grad is not None and p.grad.abs().max() > 0}
+    reached = {
+        ".".join(name.split(".")[:2])
+        for name, p in model.named_parameters()
+        if p.grad is not None and p.grad.abs().max() > 0
+    }
     assert reached >= {"transformer.proposal_head", "neck.convs", "backbone.res3"}
     assert not reached & {"transformer.decoder", "transformer.heads"}
     assert all(p.grad.abs().max() > 0 for p in model.transformer.encoder.scorer.parameters())

@@ -17,8 +17,9 @@ SHAPES = ((4, 6), (2, 3), (1, 2))
 
 
 def test_levels_are_concatenated_finest_first_and_row_major():
-    maps = [torch.arange(2 * 3 * h * w).view(2, 3, h, w).float() + 1000 * i
-            for i, (h, w) in enumerate(SHAPES)]
+    maps = [
+        torch.arange(2 * 3 * h * w).view(2, 3, h, w).float() + 1000 * i for i, (h, w) in enumerate(SHAPES)
+    ]
     tokens = flatten_levels(maps)
     assert tokens.shape == (2, 24 + 6 + 2, 3)
     assert level_starts(SHAPES) == (0, 24, 30)
@@ -34,8 +35,7 @@ def test_valid_sizes_count_unpadded_columns_and_rows():
 
 
 def test_reference_points_are_cell_centres_of_the_image_scaled_to_each_level():
-    ratios = torch.tensor([[[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]],
-                           [[0.5, 0.75], [2 / 3, 0.5], [0.5, 1.0]]])
+    ratios = torch.tensor([[[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]], [[0.5, 0.75], [2 / 3, 0.5], [0.5, 1.0]]])
     points = encoder_reference_points(SHAPES, ratios)
     assert points.shape == (2, 32, 3, 2)
     # Unpadded image: the centre of row 1, column 2 of level 0, the same seen from every level.
@@ -82,8 +82,15 @@ def test_neighbours_in_the_image_are_visited_one_after_the_other():
     shapes = ((40, 60), (20, 30))
     ratios = torch.tensor([[1.0, 1.0], [0.7, 0.6]])[:, None].expand(2, 2, 2)
     features = torch.zeros(2, 3000, 1)
-    tokens = Tokens(features, features, torch.zeros(2, 3000, dtype=torch.bool), shapes, ratios,
-                    encoder_reference_points(shapes, ratios), has_padding=False)
+    tokens = Tokens(
+        features,
+        features,
+        torch.zeros(2, 3000, dtype=torch.bool),
+        shapes,
+        ratios,
+        encoder_reference_points(shapes, ratios),
+        has_padding=False,
+    )
     generator = torch.Generator().manual_seed(0)
     ranked = torch.stack([torch.randperm(3000, generator=generator)[:300] for _ in range(2)])
 

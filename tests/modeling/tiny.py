@@ -15,8 +15,12 @@ def tiny_backbone() -> dict:
     """Three maps of 12, 16 and 20 channels at strides 8, 16 and 32."""
     stages = [
         L(ResNet.make_stage)(
-            block_class=BasicBlock, num_blocks=1, stride_per_block=[stride], in_channels=a,
-            out_channels=b, norm="FrozenBN",
+            block_class=BasicBlock,
+            num_blocks=1,
+            stride_per_block=[stride],
+            in_channels=a,
+            out_channels=b,
+            norm="FrozenBN",
         )
         for stride, a, b in ((1, 4, 8), (2, 8, 12), (2, 12, 16), (2, 16, 20))
     ]
@@ -102,8 +106,9 @@ def total_losses(model: torch.nn.Module, batch: list[dict], steps: int, lr: floa
     return totals
 
 
-def sample(height: int, width: int, num_boxes: int = 2, num_classes: int = 3, seed: int = 0,
-           annotated: bool = True) -> dict:
+def sample(
+    height: int, width: int, num_boxes: int = 2, num_classes: int = 3, seed: int = 0, annotated: bool = True
+) -> dict:
     """One image as a data mapper delivers it, with random boxes."""
     generator = torch.Generator().manual_seed(seed)
     image = torch.rand(3, height, width, generator=generator) * 255

@@ -15,8 +15,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 from replay import find_replay  # noqa: E402
 from replay.case import Case  # noqa: E402
 
-CASES = sorted(p for p in (Path(__file__).parent / "cases").rglob("*.json")
-               if p.with_suffix(".npz").exists())
+CASES = sorted(p for p in (Path(__file__).parent / "cases").rglob("*.json") if p.with_suffix(".npz").exists())
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -31,7 +30,9 @@ def test_case(path):
 def run_tool(*args):
     return subprocess.run(
         [sys.executable, "-W", "ignore", ROOT / "tools" / "parity.py", *map(str, args)],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 

@@ -3,9 +3,9 @@
 //
 //     g++ -O3 -mavx512f tools/bench/gather_floor.cpp -o /tmp/gather_floor && /tmp/gather_floor
 //
-// 8 heads x 16 samples x 4 corners of 128 bytes per query, from maps of 22 223 tokens of 1 KB that take
-// turns. Queries are visited by cells of a 12 x 12 grid, and each line of a head is asked for while the
-// head before is read, as in the operator.
+// 8 heads x 16 samples x 4 corners of 128 bytes per query, from maps of 22 223 tokens of 1 KB that
+// take turns. Queries are visited by cells of a 12 x 12 grid, and each line of a head is asked for
+// while the head before is read, as in the operator.
 
 #include <algorithm>
 #include <chrono>
@@ -60,7 +60,8 @@ double milliseconds(const char* map, const std::vector<uint32_t>& rows) {
   }
   volatile float used = (sum[0] + sum[1] + sum[2] + sum[3])[0];
   (void)used;
-  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start)
+      .count();
 }
 
 int main() {

@@ -35,16 +35,20 @@ class Contender:
 
 def ours(text: str, device: str) -> Contender:
     """``CONFIG [key=value ...]``, or ``NAME=CONFIG [key=value ...]``; the name may have spaces."""
-    match = re.fullmatch(r"(?:(?P<name>[^=]*)=)?(?P<path>[^\s=]+)(?P<overrides>(?:\s+\S+=\S+)*)",
-                         text.strip())
+    match = re.fullmatch(
+        r"(?:(?P<name>[^=]*)=)?(?P<path>[^\s=]+)(?P<overrides>(?:\s+\S+=\S+)*)", text.strip()
+    )
     if match is None:
         raise SystemExit(f"{text!r}: expected [NAME=]CONFIG [key=value ...]")
     name, path, overrides = match["name"], match["path"], match["overrides"].split()
     torch.manual_seed(0)
     model = instantiate(config.load_config(path, overrides).model).to(device).eval()
-    return Contender(name or " ".join([path.rsplit("/", 1)[-1], *overrides]), model,
-                     lambda image: model.detect(ImageList(image, [tuple(image.shape[-2:])])),
-                     model.transformer.encoder)
+    return Contender(
+        name or " ".join([path.rsplit("/", 1)[-1], *overrides]),
+        model,
+        lambda image: model.detect(ImageList(image, [tuple(image.shape[-2:])])),
+        model.transformer.encoder,
+    )
 
 
 def peer(text: str, device: str) -> Contender:
@@ -66,28 +70,39 @@ def measure(contenders: list[Contender], size: tuple[int, int], rounds: int, dev
             if contender.encoder is not None:
                 received[contender.name] = _inputs(contender, images[0])
         found = take_turns(
-            {c.name: lambda n, c=c: c.detect(images[n % 2]) for c in contenders}, rounds, device,
-            "model")
+            {c.name: lambda n, c=c: c.detect(images[n % 2]) for c in contenders}, rounds, device, "model"
+        )
         for contender in contenders:
             contender.timings["model"] = found[contender.name]
         found = take_turns(
-            {c.name: lambda _, c=c: c.encoder(*received[c.name][0], **received[c.name][1])
-             for c in contenders if c.name in received}, rounds, device, "encoder")
+            {
+                c.name: lambda _, c=c: c.encoder(*received[c.name][0], **received[c.name][1])
+                for c in contenders
+                if c.name in received
+            },
+            rounds,
+            device,
+            "encoder",
+        )
     for contender in contenders:
         if contender.name in found:
             contender.timings["encoder"] = found[contender.name]
 
 
-def measure_training(contenders: list[Contender], size: tuple[int, int], rounds: int, device: str,
-                     boxes: int = 10) -> None:
+def measure_training(
+    contenders: list[Contender], size: tuple[int, int], rounds: int, device: str, boxes: int = 10
+) -> None:
     """Fills in time and memory of forward, losses and backward, with that many boxes per image."""
     g = torch.Generator().manual_seed(0)
     height, width = size
     corner = torch.rand(boxes, 2, generator=g) * 0.7
     extent = 0.05 + 0.25 * torch.rand(boxes, 2, generator=g)
     scale = torch.tensor([width, height, width, height])
-    instances = Instances(size, gt_boxes=Boxes(torch.cat([corner, corner + extent], -1) * scale),
-                          gt_classes=torch.zeros(boxes, dtype=torch.int64))
+    instances = Instances(
+        size,
+        gt_boxes=Boxes(torch.cat([corner, corner + extent], -1) * scale),
+        gt_classes=torch.zeros(boxes, dtype=torch.int64),
+    )
     image = (torch.rand(3, height, width, generator=g) * 255).to(device)
 
     def step(model: SetDetector, _: int = 0) -> None:
@@ -98,8 +113,9 @@ def measure_training(contenders: list[Contender], size: tuple[int, int], rounds:
     for contender in trained:
         contender.model.train()
         contender.model.requires_grad_(True)  # frozen layers too, so that bases compare alike
-    found = take_turns({c.name: lambda n, c=c: step(c.model, n) for c in trained}, rounds, device,
-                       "training step")
+    found = take_turns(
+        {c.name: lambda n, c=c: step(c.model, n) for c in trained}, rounds, device, "training step"
+    )
     for contender in trained:
         contender.timings["training step"] = found[contender.name]
         contender.model.zero_grad(set_to_none=True)
@@ -112,7 +128,8 @@ def _inputs(contender: Contender, image: Tensor) -> tuple[tuple, dict]:
     """What the encoder receives in a pass of the whole."""
     seen = []
     hook = contender.encoder.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+        lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+    )
     try:
         contender.detect(image)
     finally:

@@ -60,8 +60,9 @@ def token_centres(levels: tuple[tuple[int, int], ...]) -> Tensor:
     return torch.cat(centres)
 
 
-def problem(kind: str, levels: tuple[tuple[int, int], ...], device: str, dtype: torch.dtype,
-            seed: int) -> Problem:
+def problem(
+    kind: str, levels: tuple[tuple[int, int], ...], device: str, dtype: torch.dtype, seed: int
+) -> Problem:
     """``kind``: which queries: all tokens ("dense"), those of all maps but the finest ("high levels",
     as in Lite DETR), "30 %" or "10 %" of all, or points anywhere ("decoder 900", "decoder 300")."""
     g = torch.Generator().manual_seed(seed)
@@ -72,7 +73,7 @@ def problem(kind: str, levels: tuple[tuple[int, int], ...], device: str, dtype: 
     elif kind == "dense":
         points = centres
     elif kind == "high levels":
-        points = centres[levels[0][0] * levels[0][1]:]
+        points = centres[levels[0][0] * levels[0][1] :]
     else:
         kept = torch.randperm(N, generator=g)[: math.ceil(N * float(kind.split()[0]) / 100)]
         cell = (centres[kept] * 16).long()
@@ -92,8 +93,12 @@ def problem(kind: str, levels: tuple[tuple[int, int], ...], device: str, dtype: 
         return torch.randn(1, count, M, D, generator=g).to(device, dtype)
 
     return Problem(
-        levels=levels, value=features(N), key=features(N), query=features(Q),
-        reference=reference.to(device), offsets=offsets.to(device, dtype),
+        levels=levels,
+        value=features(N),
+        key=features(N),
+        query=features(Q),
+        reference=reference.to(device),
+        offsets=offsets.to(device, dtype),
         logits=logits.to(device, dtype),
         locations=(reference[:, :, None, :, None] + offsets / size[:, None]).to(device),
         weights=logits.softmax(-1).view(1, Q, M, L, P).to(device, dtype),
@@ -108,11 +113,19 @@ def sample(value: Tensor, levels: tuple[tuple[int, int], ...], locations: Tensor
     B, _, M, D = value.shape
     grids = (2 * locations - 1).to(value.dtype).transpose(1, 2).flatten(0, 1)  # (B * M, Q, L, P, 2)
     parts = value.split([h * w for h, w in levels], 1)
-    return torch.stack([
-        F.grid_sample(part.flatten(2).transpose(1, 2).reshape(B * M, D, h, w), grids[:, :, level],
-                      "bilinear", "zeros", align_corners=False)
-        for level, (part, (h, w)) in enumerate(zip(parts, levels))
-    ], -2).flatten(-2)
+    return torch.stack(
+        [
+            F.grid_sample(
+                part.flatten(2).transpose(1, 2).reshape(B * M, D, h, w),
+                grids[:, :, level],
+                "bilinear",
+                "zeros",
+                align_corners=False,
+            )
+            for level, (part, (h, w)) in enumerate(zip(parts, levels))
+        ],
+        -2,
+    ).flatten(-2)
 
 
 def plain_attention(p: Problem) -> Tensor:
@@ -134,8 +147,9 @@ def plain_key_aware(p: Problem, own_keys: bool) -> Tensor:
     return (weights @ values).view(B, M, Q, D).transpose(1, 2).flatten(2)
 
 
-def plain_splat(locations: list[Tensor], weights: list[Tensor],
-                levels: tuple[tuple[int, int], ...]) -> Tensor:
+def plain_splat(
+    locations: list[Tensor], weights: list[Tensor], levels: tuple[tuple[int, int], ...]
+) -> Tensor:
     """Four ``scatter_add`` of floats: Sparse DETR, Sec. 3.2."""
     where, share = torch.stack(locations, 1), torch.stack(weights, 1)  # (B, layers, Q, M, L, P, ...)
     size = where.new_tensor([(w, h) for h, w in levels])[:, None]
@@ -197,8 +211,10 @@ _SIZES: dict = {}
 def _sizes(levels: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
     if (levels, device) not in _SIZES:  # made once, as a model would
         areas = [h * w for h, w in levels]
-        _SIZES[levels, device] = (torch.tensor(levels, device=device), torch.tensor(
-            [sum(areas[:i]) for i in range(len(areas))], device=device))
+        _SIZES[levels, device] = (
+            torch.tensor(levels, device=device),
+            torch.tensor([sum(areas[:i]) for i in range(len(areas))], device=device),
+        )
     return _SIZES[levels, device]
 
 
@@ -249,8 +265,7 @@ def tasks(named_peers: list[str], compiled: bool) -> list[Task]:
     attention[OURS] = _attention
     return [
         Task("attention", attention, ("value", "locations", "weights")),
-        Task("fused", {"eager preparation": _prepared, OURS: _fused},
-             ("value", "offsets", "logits")),
+        Task("fused", {"eager preparation": _prepared, OURS: _fused}, ("value", "offsets", "logits")),
         _key_aware_task(own_keys=False),
         _key_aware_task(own_keys=True),
     ]
@@ -289,9 +304,19 @@ def measure(task: Task, kind: str, problems: list[Problem], rounds: int, device:
         with torch.no_grad():
             function(problems[number % count])
 
-    results = [Result(task.name, kind, "forward", take_turns(
-        {n: partial(forward, f) for n, f in task.contenders.items()}, rounds, device,
-        f"{task.name}, {kind}, forward"))]
+    results = [
+        Result(
+            task.name,
+            kind,
+            "forward",
+            take_turns(
+                {n: partial(forward, f) for n, f in task.contenders.items()},
+                rounds,
+                device,
+                f"{task.name}, {kind}, forward",
+            ),
+        )
+    ]
 
     # The backward alone: graphs are kept, so that each call runs one of them again.
     graphs = {}
@@ -300,22 +325,21 @@ def measure(task: Task, kind: str, problems: list[Problem], rounds: int, device:
         for p in problems:
             leaves = p.leaves(*task.leaves)
             output = function(leaves)
-            graphs[name].append((output, [getattr(leaves, n) for n in task.leaves],
-                                 torch.randn_like(output)))
+            graphs[name].append((output, [getattr(leaves, n) for n in task.leaves], torch.randn_like(output)))
 
     def backward(name: str, number: int) -> None:
         output, inputs, grad = graphs[name][number % count]
         torch.autograd.grad(output, inputs, grad, retain_graph=True)
 
-    timings = take_turns({n: partial(backward, n) for n in task.contenders}, rounds, device,
-                         f"{task.name}, {kind}, backward")
+    timings = take_turns(
+        {n: partial(backward, n) for n in task.contenders}, rounds, device, f"{task.name}, {kind}, backward"
+    )
     graphs.clear()
 
     def step(function: Callable) -> None:
         leaves = problems[0].leaves(*task.leaves)
         output = function(leaves)
-        torch.autograd.grad(output, [getattr(leaves, n) for n in task.leaves],
-                            torch.ones_like(output))
+        torch.autograd.grad(output, [getattr(leaves, n) for n in task.leaves], torch.ones_like(output))
 
     for name, function in task.contenders.items():
         timings[name].memory = peak_memory(partial(step, function), device)
@@ -334,5 +358,9 @@ def measure_splat(kind: str, levels: tuple, rounds: int, device: str) -> Result:
     a, b = (call(0) for call in contenders.values())
     if not (a - b).norm() < 1e-5 * a.norm():
         raise SystemExit("attention-map splat: the results differ")
-    return Result("attention-map splat", f"6 x {kind}", "forward", take_turns(
-        contenders, rounds, device, "attention-map splat"))
+    return Result(
+        "attention-map splat",
+        f"6 x {kind}",
+        "forward",
+        take_turns(contenders, rounds, device, "attention-map splat"),
+    )

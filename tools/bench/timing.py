@@ -40,8 +40,9 @@ class Timing:
         return middle, low, high
 
 
-def take_turns(contenders: dict[str, Callable[[int], object]], rounds: int, device: str,
-               label: str = "") -> dict[str, Timing]:
+def take_turns(
+    contenders: dict[str, Callable[[int], object]], rounds: int, device: str, label: str = ""
+) -> dict[str, Timing]:
     """Time every contender once per round.
 
     Args:

@@ -14,8 +14,17 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("pytest", "numpy", "torchvision", "detectron2", "fvcore", "omegaconf", "pycocotools",
-            "triton", "torch_ms_deform_attn")  # fmt: skip
+PACKAGES = (
+    "pytest",
+    "numpy",
+    "torchvision",
+    "detectron2",
+    "fvcore",
+    "omegaconf",
+    "pycocotools",
+    "triton",
+    "torch_ms_deform_attn",
+)
 
 
 def first_line(*command: str) -> str | None:
@@ -32,19 +41,22 @@ def main() -> int:
         "torch": torch.__version__,
         "torch cuda": torch.version.cuda,
         "cpu cores": os.cpu_count(),
-        "nvcc": first_line("nvcc", "--version") and (
+        "nvcc": first_line("nvcc", "--version")
+        and (
             subprocess.run(["nvcc", "--version"], capture_output=True, text=True)
-            .stdout.strip().splitlines()[-1]
+            .stdout.strip()
+            .splitlines()[-1]
         ),
         "compiler": first_line("c++", "--version"),
         "compute-sanitizer": shutil.which("compute-sanitizer"),
         "ncu": shutil.which("ncu"),
         "driver and clocks": first_line(
-            "nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit",
+            "nvidia-smi",
+            "--query-gpu=driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit",
             "--format=csv,noheader",
         ),
         "packages": {x: importlib.util.find_spec(x) is not None for x in PACKAGES},
-    }  # fmt: skip
+    }
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         found["gpu"] = gpu.name

@@ -3,9 +3,11 @@
 //   copy       device memory, read and write
 //   gather     128-byte rows at random from a map of 22.8 MB (a 800x1333 image's values: in L2) and
 //              from 16 KB (in L1): what the forward lives on
-//   red        additions to random rows of such a map, one float or four per instruction; and to 273
+//   red        additions to random rows of such a map, one float or four per instruction; and to
+//   273
 //              rows (the coarsest level): what the backward lives on
-//   shared     integer additions with return value to 2 048 counters in shared memory, at random and
+//   shared     integer additions with return value to 2 048 counters in shared memory, at random
+//   and
 //              with 8 lanes on each: what sorting lives on
 //
 //   nvcc -O3 -arch=native tools/gpu/micro.cu -o micro && ./micro FILE.json
@@ -16,13 +18,13 @@
 #include <cstdlib>
 #include <vector>
 
-#define CHECK(call)                                                                       \
-  do {                                                                                    \
-    const cudaError_t error = (call);                                                     \
-    if (error != cudaSuccess) {                                                           \
-      std::fprintf(stderr, "%s: %s\n", #call, cudaGetErrorString(error));                 \
-      std::exit(1);                                                                       \
-    }                                                                                     \
+#define CHECK(call)                                                       \
+  do {                                                                    \
+    const cudaError_t error = (call);                                     \
+    if (error != cudaSuccess) {                                           \
+      std::fprintf(stderr, "%s: %s\n", #call, cudaGetErrorString(error)); \
+      std::exit(1);                                                       \
+    }                                                                     \
   } while (0)
 
 constexpr int kThreads = 256, kRowFloats = 32, kSteps = 256;
@@ -126,12 +128,13 @@ int main(int argc, char** argv) {
     std::perror(argv[1]);
     return 1;
   }
-  std::fprintf(file, "{\"gpu\": \"%s\", \"multiprocessors\": %d", gpu.name, gpu.multiProcessorCount);
+  std::fprintf(file, "{\"gpu\": \"%s\", \"multiprocessors\": %d", gpu.name,
+               gpu.multiProcessorCount);
   const auto report = [&](const char* name, const char* unit, double amount, auto launch) {
     double median, best;
     measure(launch, &median, &best);
-    std::fprintf(file, ",\n \"%s\": {\"unit\": \"%s\", \"median\": %.4g, \"best\": %.4g}", name, unit,
-                 amount / median * 1e-12, amount / best * 1e-12);
+    std::fprintf(file, ",\n \"%s\": {\"unit\": \"%s\", \"median\": %.4g, \"best\": %.4g}", name,
+                 unit, amount / median * 1e-12, amount / best * 1e-12);
     std::printf("%-34s %8.3f %s (best %.3f)\n", name, amount / median * 1e-12, unit,
                 amount / best * 1e-12);
   };

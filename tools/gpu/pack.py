@@ -22,16 +22,31 @@ from pathlib import Path
 
 # Distribution: its top-level names.
 PURE = {
-    "detectron2": ["detectron2"], "fvcore": ["fvcore"], "iopath": ["iopath"],
-    "antlr4-python3-runtime": ["antlr4"], "omegaconf": ["omegaconf"], "hydra-core": ["hydra"],
-    "yacs": ["yacs"], "portalocker": ["portalocker"], "tabulate": ["tabulate"],
-    "termcolor": ["termcolor"], "cloudpickle": ["cloudpickle"], "pytest": ["pytest", "_pytest"],
-    "pluggy": ["pluggy"], "iniconfig": ["iniconfig"], "pygments": ["pygments"],
+    "detectron2": ["detectron2"],
+    "fvcore": ["fvcore"],
+    "iopath": ["iopath"],
+    "antlr4-python3-runtime": ["antlr4"],
+    "omegaconf": ["omegaconf"],
+    "hydra-core": ["hydra"],
+    "yacs": ["yacs"],
+    "portalocker": ["portalocker"],
+    "tabulate": ["tabulate"],
+    "termcolor": ["termcolor"],
+    "cloudpickle": ["cloudpickle"],
+    "pytest": ["pytest", "_pytest"],
+    "pluggy": ["pluggy"],
+    "iniconfig": ["iniconfig"],
+    "pygments": ["pygments"],
     "packaging": ["packaging"],
-}  # fmt: skip
+}
 COMPILED = ["pycocotools==2.0.11"]
-PLATFORMS = ["manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64",
-             "manylinux2014_x86_64", "manylinux1_x86_64"]  # fmt: skip
+PLATFORMS = [
+    "manylinux_2_28_x86_64",
+    "manylinux_2_27_x86_64",
+    "manylinux_2_17_x86_64",
+    "manylinux2014_x86_64",
+    "manylinux1_x86_64",
+]
 PEERS = ["torch-ms-deform-attn==0.1.1"]
 
 
@@ -68,15 +83,25 @@ def collect(folder: Path) -> None:
     version = os.environ.get("PYTHON_VERSION", "3.12")
     with tempfile.TemporaryDirectory() as scratch:
         platforms = [x for p in PLATFORMS for x in ("--platform", p)]
-        pip("download", "--no-deps", "--only-binary=:all:", "--implementation", "cp",
-            "--python-version", version, *platforms, "-d", scratch, *COMPILED)  # fmt: skip
+        pip(
+            "download",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--implementation",
+            "cp",
+            "--python-version",
+            version,
+            *platforms,
+            "-d",
+            scratch,
+            *COMPILED,
+        )
         for wheel in sorted(Path(scratch).glob("*.whl")):
             zipfile.ZipFile(wheel).extractall(site)
             print(wheel.name)
     for peer in PEERS:
         try:
-            pip("download", "--no-deps", "--no-binary=:all:", "--no-build-isolation", "-d",
-                str(peers), peer)  # fmt: skip
+            pip("download", "--no-deps", "--no-binary=:all:", "--no-build-isolation", "-d", str(peers), peer)
             print(f"{peer}, to build there")
         except subprocess.CalledProcessError:
             print(f"{peer}: could not be downloaded, the comparison goes without it")

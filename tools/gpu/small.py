@@ -36,19 +36,39 @@ def inputs(queries: int, dtype: torch.dtype, channels: int, device: str, images:
     B, M, L, P = images, heads, len(SHAPES), 4
     value = rand(B, TOKENS, M, channels, like=dtype)
     return {
-        "given": (ms_deform_attn, reference.ms_deform_attn,
-                  (value, SHAPES, rand(B, queries, M, L, P, 2), rand(B, queries, M, L, P))),
-        "fused": (ms_deform_attn_fused, reference.ms_deform_attn_fused,
-                  (value, SHAPES, rand(B, queries, L, 4), rand(B, queries, M, L, P, 2, like=dtype),
-                   rand(B, queries, M, L * P, like=dtype))),
-        "key-aware": (key_aware_deform_attn, lambda *x: reference.key_aware_deform_attn(*x)[0],
-                      (rand(B, queries, M, channels, like=dtype), None, value, SHAPES,
-                       rand(B, queries, M, L, P, 2))),
+        "given": (
+            ms_deform_attn,
+            reference.ms_deform_attn,
+            (value, SHAPES, rand(B, queries, M, L, P, 2), rand(B, queries, M, L, P)),
+        ),
+        "fused": (
+            ms_deform_attn_fused,
+            reference.ms_deform_attn_fused,
+            (
+                value,
+                SHAPES,
+                rand(B, queries, L, 4),
+                rand(B, queries, M, L, P, 2, like=dtype),
+                rand(B, queries, M, L * P, like=dtype),
+            ),
+        ),
+        "key-aware": (
+            key_aware_deform_attn,
+            lambda *x: reference.key_aware_deform_attn(*x)[0],
+            (rand(B, queries, M, channels, like=dtype), None, value, SHAPES, rand(B, queries, M, L, P, 2)),
+        ),
         "key-aware, keys": (
-            key_aware_deform_attn, lambda *x: reference.key_aware_deform_attn(*x)[0],
-            (rand(B, queries, M, channels, like=dtype), rand(B, TOKENS, M, channels, like=dtype),
-             value, SHAPES, rand(B, queries, M, L, P, 2))),
-    }  # fmt: skip
+            key_aware_deform_attn,
+            lambda *x: reference.key_aware_deform_attn(*x)[0],
+            (
+                rand(B, queries, M, channels, like=dtype),
+                rand(B, TOKENS, M, channels, like=dtype),
+                value,
+                SHAPES,
+                rand(B, queries, M, L, P, 2),
+            ),
+        ),
+    }
 
 
 def compare(name: str, function, plain, arguments) -> None:
@@ -56,12 +76,9 @@ def compare(name: str, function, plain, arguments) -> None:
     found = function(*arguments)
     weight = torch.linspace(-1, 1, found.numel(), device=found.device).view(found.shape)
     gradients = torch.autograd.grad((found * weight.to(found.dtype)).sum(), leaves)
-    wide = [x.detach().double().requires_grad_() if isinstance(x, torch.Tensor) else x
-            for x in arguments]  # fmt: skip
+    wide = [x.detach().double().requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments]
     expected = plain(*wide)
-    wanted = torch.autograd.grad(
-        (expected * weight).sum(), [x for x in wide if isinstance(x, torch.Tensor)]
-    )
+    wanted = torch.autograd.grad((expected * weight).sum(), [x for x in wide if isinstance(x, torch.Tensor)])
     tolerance = 1e-4 if found.dtype == torch.float32 else 3e-2
     for x, y in zip((found, *gradients), (expected, *wanted), strict=True):
         error = ((x.double() - y).norm() / y.norm()).item()
@@ -76,8 +93,7 @@ def main() -> None:
     assert device == "cpu" or backend == "cuda", status(device).reason
     torch.manual_seed(0)
     # Tiles are taken where they make 512 blocks.
-    runs = [(TOKENS, torch.float32, 32, 4, 8), (70, torch.bfloat16, 32, 1, 2),
-            (70, torch.float32, 24, 1, 2)]  # fmt: skip
+    runs = [(TOKENS, torch.float32, 32, 4, 8), (70, torch.bfloat16, 32, 1, 2), (70, torch.float32, 24, 1, 2)]
     done = 0
     for queries, dtype, channels, images, heads in runs if device == "cuda" else runs[1:]:
         for path in ("direct", "aggregated", "deterministic"):

@@ -41,6 +41,7 @@ def microseconds(call, rounds: int, device: str) -> tuple[float, float, float]:
     for i in range(SETS):
         call(i)
     if device == "cpu":
+
         def run():
             begin = time.perf_counter()
             for i in range(SETS):
@@ -60,6 +61,7 @@ def microseconds(call, rounds: int, device: str) -> tuple[float, float, float]:
             end.record()
             end.synchronize()
             return begin.elapsed_time(end) * 1e-3 / CALLS
+
         for _ in range(3):
             run()
     times = [run() * 1e6 for _ in range(rounds)]
@@ -85,18 +87,28 @@ def main() -> None:
     backend = status(device, load=True).backend
     if device == "cuda" and backend != "cuda":
         sys.exit(f"the CUDA operators are not in use: {status(device).reason}")
-    levels = tuple((max(1, round(h * args.scale)), max(1, round(w * args.scale)))
-                   for h, w in ops.LEVELS)  # fmt: skip
+    levels = tuple((max(1, round(h * args.scale)), max(1, round(w * args.scale))) for h, w in ops.LEVELS)
     found = []
 
     def record(kind, what, dtype, times, target):
         median, best, worst = times
-        found.append({"kind": kind, "what": what, "dtype": dtype, "microseconds": median,
-                      "best": best, "worst": worst, "target": target,
-                      "verdict": verdict(median, target, device)})  # fmt: skip
+        found.append(
+            {
+                "kind": kind,
+                "what": what,
+                "dtype": dtype,
+                "microseconds": median,
+                "best": best,
+                "worst": worst,
+                "target": target,
+                "verdict": verdict(median, target, device),
+            }
+        )
         goal = "" if target is None else f"must {target[0]}, hoped for {target[1]}"
-        print(f"{kind:12} {dtype:9} {what:24} {median:9.1f} us ({best:.1f}-{worst:.1f})  {goal:26}"
-              f" {found[-1]['verdict']}")  # fmt: skip
+        print(
+            f"{kind:12} {dtype:9} {what:24} {median:9.1f} us ({best:.1f}-{worst:.1f})  {goal:26}"
+            f" {found[-1]['verdict']}"
+        )
 
     for kind, (forward32, forward16, backward) in TARGETS.items():
         if args.kinds and kind not in args.kinds:
@@ -107,12 +119,14 @@ def main() -> None:
             flat = [x for pair in levels for x in pair]
             inputs = [(p.value, flat, p.locations, p.weights) for p in sets]
             times = microseconds(
-                lambda i, sets=sets: ms_deform_attn(sets[i].value, levels, sets[i].locations,
-                                                    sets[i].weights),
-                args.rounds, device)  # fmt: skip
+                lambda i, sets=sets: ms_deform_attn(
+                    sets[i].value, levels, sets[i].locations, sets[i].weights
+                ),
+                args.rounds,
+                device,
+            )
             record(kind, "forward", name, times, forward)
-            grads = [torch.randn_like(ms_deform_attn(p.value, levels, p.locations, p.weights))
-                     for p in sets]  # fmt: skip
+            grads = [torch.randn_like(ms_deform_attn(p.value, levels, p.locations, p.weights)) for p in sets]
 
             def call(i, grads=grads, inputs=inputs):
                 torch.ops.sparse_detr.ms_deform_attn_backward(grads[i], *inputs[i], [True] * 3)
@@ -133,11 +147,15 @@ def main() -> None:
                     record(kind, f"deterministic, {path}", name, times, DETERMINISTIC)
             os.environ.pop("SPARSE_DETR_BACKWARD")
     if args.json:
-        args.json.write_text(json.dumps({"device": device, "backend": backend, "levels": levels,
-                                         "results": found}, indent=1))  # fmt: skip
+        args.json.write_text(
+            json.dumps({"device": device, "backend": backend, "levels": levels, "results": found}, indent=1)
+        )
     missed = [x for x in found if x["verdict"] == "MISSED"]
-    print(f"{len(found)} times, {len(missed)} targets missed" if device == "cuda"
-          else f"{len(found)} times on the CPU: a rehearsal")  # fmt: skip
+    print(
+        f"{len(found)} times, {len(missed)} targets missed"
+        if device == "cuda"
+        else f"{len(found)} times on the CPU: a rehearsal"
+    )
 
 
 if __name__ == "__main__":

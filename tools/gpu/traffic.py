@@ -47,8 +47,9 @@ def centres() -> Tensor:
     return torch.stack([(column + 0.5) / size[:, 1], (row + 0.5) / size[:, 0]], dim=-1)
 
 
-def cells(centre: Tensor, head: int, size: tuple[int, int], sigma: float,
-          generator: torch.Generator) -> Tensor:
+def cells(
+    centre: Tensor, head: int, size: tuple[int, int], sigma: float, generator: torch.Generator
+) -> Tensor:
     """(Q, P, 2) column and row of the first corner of each sample on a level of `size`."""
     angle = torch.tensor(head * 2 * math.pi / HEADS)
     direction = torch.stack([angle.cos(), angle.sin()])
@@ -139,7 +140,7 @@ def token_orders() -> dict[str, Tensor]:
     x, y = (centres() * 256).long().unbind(-1)
     return {
         "token index": index,
-        "8x8 tiles": tile * TILE ** 2 + row % TILE * TILE + column % TILE,
+        "8x8 tiles": tile * TILE**2 + row % TILE * TILE + column % TILE,
         "Morton, per level": (level << 16) + interleave(row, column),
         "16x16 grid, all levels": (y // 16 * 16 + x // 16) * STARTS[-1] + index,  # visiting_order
         "Morton, all levels": (interleave(y, x) << 2) + level,
@@ -158,8 +159,8 @@ def listed(tokens: Tensor, sigma: float) -> Iterator[tuple[str, int, int, int, i
     for name, order in {"score": torch.arange(len(tokens)), **orders}.items():
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order))
-        block = place // TILE ** 2
-        cuts = (GROUPS - 1) * -(-len(order) // TILE ** 2)
+        block = place // TILE**2
+        cuts = (GROUPS - 1) * -(-len(order) // TILE**2)
         forward = direct = aggregated = sorted_all = 0
         for pixels, token, valid in samples:
             every = int(valid.sum())

@@ -159,7 +159,8 @@ class Case:
         informative = self.meta.get("informative_only", {})
         patterns = [re.escape(p).replace(r"\*", ".*") for p in informative]
         return [
-            name for name in self.arrays
+            name
+            for name in self.arrays
             if name not in self.accounted and not any(re.fullmatch(p, name) for p in patterns)
         ]
 

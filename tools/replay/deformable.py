@@ -52,7 +52,8 @@ def build_model(config: dict, num_classes: int, backbone_channels: list[int] | N
         transformer.query_selection.update(
             num_queries=config["num_queries_one2one"],
             num_one_to_many=config["num_queries_one2many"],
-            repeat=config["k_one2many"], weight=config["lambda_one2many"],
+            repeat=config["k_one2many"],
+            weight=config["lambda_one2many"],
         )
     else:
         transformer.query_selection.num_queries = config["num_queries"]
@@ -90,9 +91,7 @@ def _set_backbone(model, config: dict, levels: int) -> None:
         depth = int(kind.removeprefix("resnet"))
         model.backbone.stages.depth = depth
         if config.get("dilation"):
-            model.backbone = L(build_dilated_resnet)(
-                depth=depth, out_features=list(model.in_features)
-            )
+            model.backbone = L(build_dilated_resnet)(depth=depth, out_features=list(model.in_features))
     if levels == 1:  # the published single-scale models see the last map only
         model.in_features = model.in_features[-1:]
         model.neck.in_channels = model.neck.in_channels[-1:]
@@ -101,21 +100,24 @@ def _set_backbone(model, config: dict, levels: int) -> None:
 def convert(case: Case, model) -> dict[str, Tensor]:
     """The case's published parameters under this project's names; nothing may be left over."""
     published = {
-        name: value for name, value in case.state_dict().items()
+        name: value
+        for name, value in case.state_dict().items()
         if not name.endswith("relative_position_index")  # computed by the model, not learned
     }
     case.published = published
     converted, report = convert_state_dict(published, model)
     report.missing = [
-        name for name in report.missing
+        name
+        for name in report.missing
         if not name.endswith("relative_position_index")
-        and not (case.meta.get("from_", case.meta.get("start", "image")) not in ("image", "images")
-                 and name.startswith("backbone."))
+        and not (
+            case.meta.get("from_", case.meta.get("start", "image")) not in ("image", "images")
+            and name.startswith("backbone.")
+        )
     ]
     if not report.complete:
         raise ValueError(
-            f"{case.name}: conversion leaves missing={report.missing[:5]} "
-            f"unexpected={report.unexpected[:5]}"
+            f"{case.name}: conversion leaves missing={report.missing[:5]} unexpected={report.unexpected[:5]}"
         )
     return converted
 
@@ -159,8 +161,9 @@ def images(case: Case, mean, std) -> ImageList:
     for name in case.meta["inputs"]:
         if name.startswith("image") and name[5:].isdigit():
             image = case.drawn(name) / 255
-            normalised.append((image - image.new_tensor(mean)[:, None, None])
-                              / image.new_tensor(std)[:, None, None])
+            normalised.append(
+                (image - image.new_tensor(mean)[:, None, None]) / image.new_tensor(std)[:, None, None]
+            )
     return ImageList.from_tensors(normalised)
 
 
@@ -184,8 +187,14 @@ def compare_tokens(case: Case, output) -> None:
 def stats(x: Tensor) -> list[float]:
     """Mean, deviation, absolute sum, extremes and size of a tensor, as cases store them."""
     x = x.detach()
-    return [float(x.mean()), float(x.std(correction=0)), float(x.abs().sum()), float(x.min()),
-            float(x.max()), float(x.numel())]
+    return [
+        float(x.mean()),
+        float(x.std(correction=0)),
+        float(x.abs().sum()),
+        float(x.min()),
+        float(x.max()),
+        float(x.numel()),
+    ]
 
 
 def _compare_predictions(case: Case, model, output) -> None:
@@ -269,8 +278,7 @@ def _compare_losses(case: Case, model, output, targets: list[Target]) -> None:
             value = value * case.config["lambda_one2many"]
         raw[name.replace("loss_class", "loss_ce")] = value
     encoder = model.transformer.encoder
-    for name, value in encoder.losses(output.encoded, output.decoded, output.tokens,
-                                      targets).items():
+    for name, value in encoder.losses(output.encoded, output.decoded, output.tokens, targets).items():
         total = total + value
         raw[name] = value / case.config["mask_prediction_coef"]
     for name, value in encoder.metrics(output.encoded).items():
@@ -295,8 +303,7 @@ def compare_gradients(case: Case, model, total: Tensor) -> None:
         return
     leaves = [case.published[name] for name in names]
     gradients = dict(zip(names, torch.autograd.grad(total, leaves, allow_unused=True)))
-    gradients = {n: torch.zeros_like(case.published[n]) if g is None else g
-                 for n, g in gradients.items()}
+    gradients = {n: torch.zeros_like(case.published[n]) if g is None else g for n, g in gradients.items()}
     case.compare("grad_norm", torch.stack([g.norm() for g in gradients.values()]))
     case.compare("grad_sum", torch.stack([g.sum() for g in gradients.values()]))
     for key in [k for k in case.arrays if k.startswith("grad:")]:
@@ -304,5 +311,3 @@ def compare_gradients(case: Case, model, total: Tensor) -> None:
         if gradient.dim() > 1:  # the first rows and columns of the flattened filters are stored
             gradient = gradient.flatten(1)[:, : case.arrays[key].shape[1]]
         case.compare(key, gradient[: case.arrays[key].shape[0]])
-
-

@@ -32,7 +32,7 @@ def build_model(config: dict):
     model.pixel_mean, model.pixel_std = config["pixel_mean"], config["pixel_std"]
     model.max_detections = config["select_box_nums_for_evaluation"]
     levels = config["num_feature_levels"]
-    model.in_features = list(FEATURES)[-min(levels - 1, 4):]
+    model.in_features = list(FEATURES)[-min(levels - 1, 4) :]
     model.backbone.out_features = list(model.in_features)
     model.backbone.stages.depth = int(config["backbone"].split("ResNet-")[1].split()[0])
     model.neck.in_channels = [FEATURES[name] for name in model.in_features]
@@ -50,23 +50,25 @@ def build_model(config: dict):
     if config["system"] == "focus_detr":
         encoder = get_config("encoders/focus.py").encoder
         encoder.update(
-            num_layers=config["enc_layers"], keep_ratio=config["focus_rho"],
-            layer_ratios=config["cascade_set"], num_objects=config["topk_sa"],
-            strides=config["strides"], size_ranges=config["limit_range"],
+            num_layers=config["enc_layers"],
+            keep_ratio=config["focus_rho"],
+            layer_ratios=config["cascade_set"],
+            num_objects=config["topk_sa"],
+            strides=config["strides"],
+            size_ranges=config["limit_range"],
             loss_weight=config["select_loss_weight"],
         )
         transformer.encoder = encoder
     else:
         transformer.encoder.num_layers = config["enc_layers"]
-        transformer.encoder.layer.update(
-            ffn_dim=config["feedforward_dim"], dropout=config["dropout"]
-        )
+        transformer.encoder.layer.update(ffn_dim=config["feedforward_dim"], dropout=config["dropout"])
         transformer.encoder.layer.attention.num_heads = config["nheads"]
     transformer.query_selection.update(
         num_queries=config["num_queries"], learned_content=config["learnt_init_query"]
     )
     transformer.denoising.update(
-        num_queries=config["dn_number"], label_noise_ratio=config["label_noise_ratio"],
+        num_queries=config["dn_number"],
+        label_noise_ratio=config["label_noise_ratio"],
         box_noise_scale=config["box_noise_scale"],
     )
     matcher = config["matcher"]
@@ -98,8 +100,10 @@ def run_denoising(case: Case) -> None:
     """Contrastive denoising queries alone."""
     config = case.config
     denoising = ContrastiveDenoising(
-        embed_dim=config["embed_dim"], num_classes=config["num_classes"],
-        num_queries=config["dn_number"], label_noise_ratio=config["label_noise_ratio"],
+        embed_dim=config["embed_dim"],
+        num_classes=config["num_classes"],
+        num_queries=config["dn_number"],
+        label_noise_ratio=config["label_noise_ratio"],
         box_noise_scale=config["box_noise_scale"],
     ).to(case.dtype)
     denoising.label_embed.weight.data = case.state_dict()["label_enc.weight"].detach()
@@ -136,10 +140,12 @@ def run_labels(case: Case) -> None:
         case.compare(f"{name}.targets", wanted.to(torch.uint8), stored)
         logits = recipe.normal(f"{case.name}.{name}.logits", (*stored.shape, 1), case.meta["seed"])
         logits = case.tensor(2 * logits).squeeze(-1).requires_grad_()
-        each = torch.stack([
-            foreground_loss(x[None], t[None], alpha=config["alpha"], gamma=config["gamma"])
-            for x, t in zip(logits, wanted)
-        ])
+        each = torch.stack(
+            [
+                foreground_loss(x[None], t[None], alpha=config["alpha"], gamma=config["gamma"])
+                for x, t in zip(logits, wanted)
+            ]
+        )
         loss = foreground_loss(logits, wanted, alpha=config["alpha"], gamma=config["gamma"])
         case.compare(f"{name}.loss_per_image", each, floor="loss")
         case.compare(f"{name}.loss", loss, floor="loss")
@@ -176,7 +182,8 @@ def _body(case: Case, model, queries: list[Queries]) -> None:
     if case.meta["mode"] == "train":
         for i, (entry, size) in enumerate(zip(inputs, sizes)):
             entry["instances"] = Instances(
-                size, gt_boxes=Boxes(case.array(f"target_boxes{i}")),
+                size,
+                gt_boxes=Boxes(case.array(f"target_boxes{i}")),
                 gt_classes=case.array(f"target_labels{i}").long(),
             )
         targets = model.targets(inputs)
@@ -208,9 +215,10 @@ def _compare_predictions(case: Case, output) -> None:
     case.compare("pred_boxes_all", torch.stack([b[:, -size:] for b in output.decoded.boxes]))
     aux = case.arrays["aux_logits_q3"]
     if len(aux):
-        case.compare("aux_logits_q3", torch.stack(
-            [x[:, -size:][:, : aux.shape[2]] for x in output.decoded.logits[:-1]]
-        ))
+        case.compare(
+            "aux_logits_q3",
+            torch.stack([x[:, -size:][:, : aux.shape[2]] for x in output.decoded.logits[:-1]]),
+        )
     case.skip("aux_logits_q3")
     case.compare("enc_boxes", output.proposals.boxes)
     case.compare("enc_logits", output.proposals.logits)
@@ -265,9 +273,9 @@ def _compare_losses(case: Case, model, output, targets: list[Target]) -> None:
     criterion = model.criterion
     sets = model.transformer.predictions(output)
     calls = {
-        "final" if p.suffix == "" else p.suffix.lstrip("_") if p.suffix == "_enc"
-        else f"aux{p.suffix}": match
-        for p, match in zip(sets, criterion.match(sets, targets)) if p.matches is None
+        "final" if p.suffix == "" else p.suffix.lstrip("_") if p.suffix == "_enc" else f"aux{p.suffix}": match
+        for p, match in zip(sets, criterion.match(sets, targets))
+        if p.matches is None
     }
     start = np.cumsum([0, *(len(t.labels) for t in targets)])
     for call, name in enumerate(case.meta["match_calls"]):
@@ -303,8 +311,6 @@ def _compare_gradients(case: Case, total: Tensor) -> None:
     rows = [i for i, name in enumerate(names) if name not in frozen]
     gradients = torch.autograd.grad(total, [case.published[names[i]] for i in rows])
     found = [(float(g.norm()), float(g.abs().sum()), float(g.sum())) for g in gradients]
-    samples = [
-        g.flatten()[np.linspace(0, g.numel() - 1, 6).round().astype(int)] for g in gradients
-    ]
+    samples = [g.flatten()[np.linspace(0, g.numel() - 1, 6).round().astype(int)] for g in gradients]
     case.compare("grad_stats", torch.tensor(found), case.arrays["grad_stats"][rows])
     case.compare("grad_samples", torch.stack(samples), case.arrays["grad_samples"][rows])

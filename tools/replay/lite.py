@@ -36,7 +36,8 @@ def build_model(config: dict):
     points = config.get("enc_n_points", config.get("n_points"))
     encoder = transformer.encoder
     encoder.update(
-        num_layers=config["enc_layers"], num_blocks=config["num_expansion"],
+        num_layers=config["enc_layers"],
+        num_blocks=config["num_expansion"],
         num_high_levels=config["enc_scale"],
     )
     encoder.layer.update(ffn_dim=config["dim_feedforward_enc"], dropout=config["dropout"])
@@ -57,7 +58,8 @@ def build_model(config: dict):
             num_queries=config["num_queries"], learned_content=config["embed_init_tgt"]
         )
         transformer.denoising.update(
-            num_classes=config["dn_labelbook_size"], num_queries=config["dn_number"],
+            num_classes=config["dn_labelbook_size"],
+            num_queries=config["dn_number"],
             box_noise_scale=config["dn_box_noise_scale"],
             label_noise_ratio=config["dn_label_noise_ratio"],
         )
@@ -65,8 +67,10 @@ def build_model(config: dict):
         for loss in ("class", "bbox", "giou"):
             model.criterion.matcher[f"cost_{loss}"] = config[f"set_cost_{loss}"]
         model.criterion.update(
-            weight_class=config["cls_loss_coef"], weight_bbox=config["bbox_loss_coef"],
-            weight_giou=config["giou_loss_coef"], alpha=config["focal_alpha"],
+            weight_class=config["cls_loss_coef"],
+            weight_bbox=config["bbox_loss_coef"],
+            weight_giou=config["giou_loss_coef"],
+            alpha=config["focal_alpha"],
         )
     return instantiate(model)
 
@@ -87,9 +91,13 @@ def _attention(config: dict):
 def run_attention(case: Case) -> None:
     """The attention module: its output and the gradients of all inputs and parameters."""
     config = case.config
-    sizes = dict(embed_dim=config["d_model"], num_heads=config["n_heads"],
-                 num_levels=config["n_levels"], num_points=config["n_points"],
-                 shared_offsets=config["same_loc"])
+    sizes = dict(
+        embed_dim=config["d_model"],
+        num_heads=config["n_heads"],
+        num_levels=config["n_levels"],
+        num_points=config["n_points"],
+        shared_offsets=config["same_loc"],
+    )
     if config["key_aware"]:
         layer = KeyAwareDeformAttn(**sizes, key_projection=config["proj_key"])
     else:
@@ -130,8 +138,10 @@ def _every_row(gradient: Tensor) -> Tensor:
 def _gradients(loss: Tensor, leaves: dict) -> dict:
     """Gradients of ``loss`` by name; zero where it does not depend on a leaf."""
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    return {name: torch.zeros_like(leaf) if gradient is None else gradient
-            for (name, leaf), gradient in zip(leaves.items(), found)}
+    return {
+        name: torch.zeros_like(leaf) if gradient is None else gradient
+        for (name, leaf), gradient in zip(leaves.items(), found)
+    }
 
 
 def _nothing_unchecked(case: Case) -> None:
@@ -151,9 +161,7 @@ def run_encoder(case: Case) -> None:
     encoder = ("transformer.encoder.", "transformer.level_embed")
     missing = [name for name in report.missing if name.startswith(encoder)]
     if missing or report.unexpected:
-        raise ValueError(
-            f"{case.name}: conversion leaves {missing=} unexpected={report.unexpected}"
-        )
+        raise ValueError(f"{case.name}: conversion leaves {missing=} unexpected={report.unexpected}")
     Replay(model).run(state, lambda m: _encoder_body(case, m.transformer))
     _nothing_unchecked(case)
 
@@ -169,8 +177,10 @@ def _encoder_body(case: Case, transformer) -> None:
     case.compare("mask", tokens.mask)
 
     encoder, layers = transformer.encoder, []
-    hooks = [layer.register_forward_hook(lambda _, inputs, output: layers.append(output))
-             for layer in encoder.layers]
+    hooks = [
+        layer.register_forward_hook(lambda _, inputs, output: layers.append(output))
+        for layer in encoder.layers
+    ]
     memory = encoder(tokens).memory
     for hook in hooks:
         hook.remove()
@@ -178,16 +188,17 @@ def _encoder_body(case: Case, transformer) -> None:
     rows = case.array("rows")
     case.compare("memory_rows", at(memory, rows))
     case.compare("memory_c8", memory.masked_fill(tokens.mask[..., None], 0)[..., :8])
-    case.compare("memory_stats", torch.tensor(
-        [stats(image[~padding]) for image, padding in zip(memory, tokens.mask)]
-    ))
+    case.compare(
+        "memory_stats", torch.tensor([stats(image[~padding]) for image, padding in zip(memory, tokens.mask)])
+    )
     case.compare("pos_rows", at(tokens.position, rows))
     start = case.meta["high_level_start"]
     schedule = ["global" if encoder.is_global(i) else "high" for i in range(len(layers))]
     case.decide("layer_schedule", schedule == case.meta["layer_schedule"])
-    case.decide("high_level_start",
-                all(x.shape[1] == memory.shape[1] - start * (kind == "high")
-                    for x, kind in zip(layers, schedule)))
+    case.decide(
+        "high_level_start",
+        all(x.shape[1] == memory.shape[1] - start * (kind == "high") for x, kind in zip(layers, schedule)),
+    )
     # What a high-level step leaves alone is stored as zero.
     layers = [F.pad(x, (0, 0, memory.shape[1] - x.shape[1], 0)) for x in layers]
     case.compare("layer_rows", torch.stack([at(x, rows)[..., :32] for x in layers]))
@@ -238,9 +249,9 @@ def _recorded_noise(case: Case):
         assert rows == case.meta["denoising"]["K"], f"{rows} denoising queries"
 
         def uniform(name: str, *shape: int) -> Tensor:
-            return case.tensor(recipe.uniform(
-                f"{case.name}.dn.{name}", (rows, *shape), seed=case.meta["seed"]
-            ))
+            return case.tensor(
+                recipe.uniform(f"{case.name}.dn.{name}", (rows, *shape), seed=case.meta["seed"])
+            )
 
         labels = (uniform("new_label") * case.config["dn_labelbook_size"]).floor().long()
         sign = torch.where(uniform("sign", 4) >= 0.5, 1, -1)
@@ -250,10 +261,14 @@ def _recorded_noise(case: Case):
 
 
 def _targets(case: Case) -> list[Target]:
-    return [
-        Target(case.array(f"target_labels{i}").long(), case.array(f"target_boxes{i}"), tuple(size))
-        for i, size in enumerate(case.meta["image_sizes"])
-    ] if "target_labels0" in case.arrays else []
+    return (
+        [
+            Target(case.array(f"target_labels{i}").long(), case.array(f"target_boxes{i}"), tuple(size))
+            for i, size in enumerate(case.meta["image_sizes"])
+        ]
+        if "target_labels0" in case.arrays
+        else []
+    )
 
 
 def _strided(case: Case, x: Tensor, name: str) -> Tensor:
@@ -276,9 +291,9 @@ def _detection_body(case: Case, model) -> None:
     case.compare("valid_ratios", tokens.valid_ratios)
     case.compare("src_rows", at(tokens.features, rows))
     case.compare("memory_rows", at(memory, rows))
-    case.compare("memory_stats", torch.tensor(
-        [stats(image[~padding]) for image, padding in zip(memory, tokens.mask)]
-    ))
+    case.compare(
+        "memory_stats", torch.tensor([stats(image[~padding]) for image, padding in zip(memory, tokens.mask)])
+    )
     head = model.transformer.proposal_head
     _, invalid = proposal_logits(tokens)
     scores = head.class_head(head.project(memory, invalid))  # (B, N, num_classes)
@@ -288,9 +303,12 @@ def _detection_body(case: Case, model) -> None:
     case.compare("init_reference", decoded.references[0])
     case.compare("interm_boxes", proposals.boxes)
     for name, value in {
-        "interm_logits": proposals.logits, "pred_logits": output.logits,
-        "pred_boxes": output.boxes, "aux_boxes": torch.stack(decoded.boxes[:-1]),
-        "aux_logits": torch.stack(decoded.logits[:-1]), "hs_last": decoded.states[-1],
+        "interm_logits": proposals.logits,
+        "pred_logits": output.logits,
+        "pred_boxes": output.boxes,
+        "aux_boxes": torch.stack(decoded.boxes[:-1]),
+        "aux_logits": torch.stack(decoded.logits[:-1]),
+        "hs_last": decoded.states[-1],
     }.items():
         case.compare(name, _strided(case, value, name))
     k = case.arrays["post_scores"].shape[1]
@@ -309,8 +327,10 @@ def _training_body(case: Case, model, queries: list) -> None:
     targets = _targets(case)
     output = model.detect(images(case, MEAN, STD), targets)
     group, size = queries[0].groups[0], queries[0].groups[0].size
-    case.decide("dn_meta", [size, group.normalizer]
-                == [case.meta["dn_meta"]["pad_size"], case.meta["dn_meta"]["num_dn_group"]])
+    case.decide(
+        "dn_meta",
+        [size, group.normalizer] == [case.meta["dn_meta"]["pad_size"], case.meta["dn_meta"]["num_dn_group"]],
+    )
     case.compare("dn_input_boxes", queries[0].reference[:, :size])
     case.compare("dn_input_content", queries[0].content[:, :size, :4])
     where = case.array("dn_pos").long()
@@ -337,8 +357,10 @@ def _compare_losses(case: Case, model, output, targets: list[Target], prefix: st
     wanted = case.arrays[f"{prefix}matches"].tolist()
     case.decide(f"{prefix}matches", sorted(found) == sorted(wanted))
 
-    raw = {name.replace("loss_class", "loss_ce").replace("_enc", "_interm"): (value, weight)
-           for name, value, weight in criterion.losses(sets, targets)}
+    raw = {
+        name.replace("loss_class", "loss_ce").replace("_enc", "_interm"): (value, weight)
+        for name, value, weight in criterion.losses(sets, targets)
+    }
     total = sum(value * weight for value, weight in raw.values())
     values, weights = f"{prefix}loss_values", case.meta["weight_dict"]
     case.skip(values)

@@ -27,7 +27,9 @@ def run_layer(case: Case) -> None:
     """``MSDeformAttn`` with its projections."""
     config = case.config
     layer = MSDeformAttn(
-        embed_dim=config["d_model"], num_heads=config["n_heads"], num_levels=config["n_levels"],
+        embed_dim=config["d_model"],
+        num_heads=config["n_heads"],
+        num_levels=config["n_levels"],
         num_points=config["n_points"],
     ).to(case.dtype)
     layer.load_state_dict(
@@ -54,19 +56,17 @@ def run_attention_map(case: Case) -> None:
     shapes = _shapes(case)
     locations, weights = case.drawn("locations"), case.drawn("weights")
     weights = weights / weights.sum((-1, -2), keepdim=True)
-    layers = [attention_map_splat([at], [w], shapes)
-              for at, w in zip(locations.unbind(1), weights.unbind(1))]
+    layers = [attention_map_splat([at], [w], shapes) for at, w in zip(locations.unbind(1), weights.unbind(1))]
     attention_map = attention_map_splat(locations.unbind(1), weights.unbind(1), shapes)
     torch.testing.assert_close(attention_map, torch.stack(layers).sum(0))
     case.compare("dam_map", attention_map)
-    case.compare("dam_layer0_head0",
-                 attention_map_splat([locations[:, 0, :, :1]], [weights[:, 0, :, :1]], shapes))
+    case.compare(
+        "dam_layer0_head0", attention_map_splat([locations[:, 0, :, :1]], [weights[:, 0, :, :1]], shapes)
+    )
     mask = case.array("padding_mask")
     counts = ((~mask).sum(1) * torch.tensor(case.config["rho"], dtype=torch.float32)).int() + 1
     case.compare("sparse_token_nums", counts)
-    target = attention_map_target(
-        attention_map, mask, torch.arange(int(counts.max())) < counts[:, None]
-    )
+    target = attention_map_target(attention_map, mask, torch.arange(int(counts.max())) < counts[:, None])
     case.compare("dam_target", target)
     logits = case.drawn("logits").requires_grad_()
     masked = torch.where(mask, logits.min(), logits)

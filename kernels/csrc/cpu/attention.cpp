@@ -43,11 +43,11 @@ class Reader {
   int64_t row_ = -1;
 };
 
-// Gradient (L, 2 or 4) of the references of one query from one head, levels [level, level_end), given
-// the gradients by pixel coordinates.
+// Gradient (L, 2 or 4) of the references of one query from one head, levels [level, level_end),
+// given the gradients by pixel coordinates.
 template <typename A>
-void reference_gradient(const Samples<A>& samples, const Sizes& s, int dim, int level, int level_end,
-                        const A* grad_x, const A* grad_y, A* out) {
+void reference_gradient(const Samples<A>& samples, const Sizes& s, int dim, int level,
+                        int level_end, const A* grad_x, const A* grad_y, A* out) {
   const A* offset = samples.coordinates();
   for (int l = level; l < level_end; ++l) {
     A x = 0, y = 0, w = 0, h = 0;
@@ -89,7 +89,8 @@ void attention_forward(const Attention<T>& in, T* output, int64_t first, int64_t
     const int64_t row = in.order[i / s.M], m = i % s.M;
     readers[i & 1].read(row, int(m));
     readers[i & 1].samples.weigh();
-    corners[i & 1].point_to(in.value + row / s.Q * s.image_stride() + m * s.D, readers[i & 1].samples);
+    corners[i & 1].point_to(in.value + row / s.Q * s.image_stride() + m * s.D,
+                            readers[i & 1].samples);
   };
   prepare(first * s.M);
   for (int64_t i = first * s.M; i < last * s.M; ++i) {
@@ -184,10 +185,10 @@ void softmax_backward(const Attention<T>& in, Accumulator<T>* grad, int64_t row,
   }
 }
 
-#define INSTANTIATE(T)                                                                          \
-  template void attention_forward<T>(const Attention<T>&, T*, int64_t, int64_t);                \
+#define INSTANTIATE(T)                                                                            \
+  template void attention_forward<T>(const Attention<T>&, T*, int64_t, int64_t);                  \
   template void attention_backward<T>(const Attention<T>&, const AttentionGradients<T>&, int64_t, \
-                                      int, int, int, int);                                      \
+                                      int, int, int, int);                                        \
   template void softmax_backward<T>(const Attention<T>&, Accumulator<T>*, int64_t, int64_t);
 INSTANTIATE(double)
 INSTANTIATE(float)

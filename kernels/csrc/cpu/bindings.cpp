@@ -24,7 +24,8 @@ constexpr int64_t kGrain = 32;  // queries that are worth a thread's wake-up
 
 // (H, W, start) per level; the kernels count tokens and image sides in int32.
 std::vector<Level> levels_of(at::IntArrayRef shapes, int64_t tokens) {
-  TORCH_CHECK_VALUE(!shapes.empty() && shapes.size() % 2 == 0, "shapes must be [H0, W0, H1, W1, ...]");
+  TORCH_CHECK_VALUE(!shapes.empty() && shapes.size() % 2 == 0,
+                    "shapes must be [H0, W0, H1, W1, ...]");
   TORCH_CHECK_VALUE(tokens < (int64_t(1) << 31), "more than 2^31 tokens per image: ", tokens);
   std::vector<Level> levels;
   int64_t start = 0;
@@ -36,7 +37,8 @@ std::vector<Level> levels_of(at::IntArrayRef shapes, int64_t tokens) {
     levels.push_back({int32_t(height), int32_t(width), int32_t(start)});
     start += height * width;
   }
-  TORCH_CHECK_VALUE(start == tokens, "levels ", shapes, " have ", start, " tokens, expected ", tokens);
+  TORCH_CHECK_VALUE(start == tokens, "levels ", shapes, " have ", start, " tokens, expected ",
+                    tokens);
   return levels;
 }
 
@@ -53,7 +55,7 @@ struct Call {
                           samples.size(3) == int64_t(levels.size()) && samples.size(5) == 2,
                       "samples must be (B, Q, M, L, P, 2), got ", samples.sizes(), " for value ",
                       value.sizes(), " and ", levels.size(), " levels");
-    sizes = {value.size(0),      value.size(1),       samples.size(1),     int(value.size(2)),
+    sizes = {value.size(0),      value.size(1),      samples.size(1),      int(value.size(2)),
              int(value.size(3)), int(levels.size()), int(samples.size(4)), levels.data()};
   }
   Call(const Call&) = delete;
@@ -63,11 +65,16 @@ struct Call {
 
 Scalar scalar_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case at::kDouble: return Scalar::kDouble;
-    case at::kFloat: return Scalar::kFloat;
-    case at::kBFloat16: return Scalar::kBFloat16;
-    case at::kHalf: return Scalar::kHalf;
-    default: TORCH_CHECK_VALUE(false, "expected a floating dtype, got ", x.scalar_type());
+    case at::kDouble:
+      return Scalar::kDouble;
+    case at::kFloat:
+      return Scalar::kFloat;
+    case at::kBFloat16:
+      return Scalar::kBFloat16;
+    case at::kHalf:
+      return Scalar::kHalf;
+    default:
+      TORCH_CHECK_VALUE(false, "expected a floating dtype, got ", x.scalar_type());
   }
 }
 Side side(const Tensor& x) { return {x.const_data_ptr(), scalar_of(x)}; }
@@ -85,7 +92,8 @@ R* pointer(const Tensor& x) {
 }
 
 void check_sizes(const char* name, const Tensor& x, at::IntArrayRef expected) {
-  TORCH_CHECK_VALUE(x.sizes() == expected, name, " must have shape ", expected, ", got ", x.sizes());
+  TORCH_CHECK_VALUE(x.sizes() == expected, name, " must have shape ", expected, ", got ",
+                    x.sizes());
 }
 void check_type(const char* name, const Tensor& x, at::ScalarType expected) {
   TORCH_CHECK_VALUE(x.scalar_type() == expected, name, " must have dtype ", expected, ", got ",
@@ -96,10 +104,14 @@ void check_type(const char* name, const Tensor& x, at::ScalarType expected) {
 template <typename F>
 void for_type(const Tensor& x, F&& f) {
   switch (scalar_of(x)) {
-    case Scalar::kDouble: return f(double());
-    case Scalar::kFloat: return f(float());
-    case Scalar::kBFloat16: return f(BFloat16());
-    case Scalar::kHalf: return f(Half());
+    case Scalar::kDouble:
+      return f(double());
+    case Scalar::kFloat:
+      return f(float());
+    case Scalar::kBFloat16:
+      return f(BFloat16());
+    case Scalar::kHalf:
+      return f(Half());
   }
 }
 
@@ -131,8 +143,8 @@ void parallel_over_heads(const Sizes& s, int levels, F&& f) {
 std::vector<int64_t> order_of(const Tensor& place) {
   const int64_t B = place.size(0), Q = place.size(1), stride = place.stride(1);
   return place.scalar_type() == at::kDouble
-      ? visiting_order(B, Q, pointer<const double>(place), stride)
-      : visiting_order(B, Q, pointer<const float>(place), stride);
+             ? visiting_order(B, Q, pointer<const double>(place), stride)
+             : visiting_order(B, Q, pointer<const float>(place), stride);
 }
 
 struct AttentionInputs {
@@ -165,8 +177,12 @@ struct AttentionInputs {
   Attention<T> as() const {
     using A = Accumulator<T>;
     const bool fused = reference.defined();
-    return {call.sizes, pointer<const T>(value), fused ? int(reference.size(3)) : 0,
-            fused ? pointer<const A>(reference) : nullptr, side(coordinates), side(shares),
+    return {call.sizes,
+            pointer<const T>(value),
+            fused ? int(reference.size(3)) : 0,
+            fused ? pointer<const A>(reference) : nullptr,
+            side(coordinates),
+            side(shares),
             order.data()};
   }
 };
@@ -201,8 +217,11 @@ AttentionOutputs backward(const AttentionInputs& in, const Tensor& grad_output, 
   if (need_reference) heads = empty({s.B, s.Q, s.M, s.L, in.reference.size(3)}, in.reference, type);
   // With the levels of a head in several tasks, the softmax is differentiated after all of them.
   const bool split = s.B * s.M < 2 * at::get_num_threads() && s.L > 1;
-  Tensor coordinates = need_coordinates ? empty(in.coordinates.sizes(), in.coordinates, in.coordinates.scalar_type()) : unwanted(in.coordinates);
-  Tensor shares = need_shares ? empty(in.shares.sizes(), in.shares, fused && split ? type : in.shares.scalar_type())
+  Tensor coordinates =
+      need_coordinates ? empty(in.coordinates.sizes(), in.coordinates, in.coordinates.scalar_type())
+                       : unwanted(in.coordinates);
+  Tensor shares = need_shares ? empty(in.shares.sizes(), in.shares,
+                                      fused && split ? type : in.shares.scalar_type())
                               : unwanted(in.shares);
   if (!in.call.empty()) {
     for_type(in.value, [&](auto zero) {
@@ -214,7 +233,8 @@ AttentionOutputs backward(const AttentionInputs& in, const Tensor& grad_output, 
           need_reference ? pointer<A>(heads) : nullptr, mutable_side(coordinates, need_coordinates),
           mutable_side(shares, need_shares)};
       parallel_over_heads(s, split ? s.L : 1, [&](int64_t b, int l, int head, int head_end) {
-        attention_backward<T>(attention, grads, b, head, head_end, split ? l : 0, split ? l + 1 : s.L);
+        attention_backward<T>(attention, grads, b, head, head_end, split ? l : 0,
+                              split ? l + 1 : s.L);
       });
       if (fused && split && need_shares) {
         at::parallel_for(0, s.B * s.Q, kGrain, [&](int64_t begin, int64_t end) {
@@ -227,7 +247,8 @@ AttentionOutputs backward(const AttentionInputs& in, const Tensor& grad_output, 
       if (x->defined()) x->zero_();
   }
   Tensor reference = need_reference ? heads.sum(2) : unwanted(in.value);
-  return {value.to(in.value.scalar_type()), reference, coordinates, shares.to(in.shares.scalar_type())};
+  return {value.to(in.value.scalar_type()), reference, coordinates,
+          shares.to(in.shares.scalar_type())};
 }
 
 Tensor ms_deform_attn(const Tensor& value, at::IntArrayRef shapes, const Tensor& locations,
@@ -281,12 +302,17 @@ struct KeyAwareInputs {
 
   template <typename T>
   KeyAware<T> as() const {
-    return {call.sizes, pointer<const T>(query), pointer<const T>(key), pointer<const T>(value),
-            pointer<const Accumulator<T>>(locations), order.data()};
+    return {call.sizes,
+            pointer<const T>(query),
+            pointer<const T>(key),
+            pointer<const T>(value),
+            pointer<const Accumulator<T>>(locations),
+            order.data()};
   }
 };
 
-std::tuple<Tensor, Tensor> key_aware_deform_attn(const Tensor& query, const std::optional<Tensor>& key,
+std::tuple<Tensor, Tensor> key_aware_deform_attn(const Tensor& query,
+                                                 const std::optional<Tensor>& key,
                                                  const Tensor& value, at::IntArrayRef shapes,
                                                  const Tensor& locations) {
   const KeyAwareInputs in(query, key, value, shapes, locations);
@@ -298,7 +324,8 @@ std::tuple<Tensor, Tensor> key_aware_deform_attn(const Tensor& query, const std:
   for_type(value, [&](auto zero) {
     using T = decltype(zero);
     at::parallel_for(0, s.B * s.Q, kGrain, [&](int64_t begin, int64_t end) {
-      key_aware_forward<T>(in.as<T>(), pointer<T>(output), pointer<Accumulator<T>>(lse), begin, end);
+      key_aware_forward<T>(in.as<T>(), pointer<T>(output), pointer<Accumulator<T>>(lse), begin,
+                           end);
     });
   });
   return {output, lse};
@@ -325,10 +352,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> key_aware_deform_attn_backward(
     for_type(value, [&](auto zero) {
       using T = decltype(zero);
       using A = Accumulator<T>;
-      const KeyAwareGradients<T> grads = {
-          pointer<const T>(grad), pointer<const A>(log_sum), mask[0] ? pointer<T>(grad_query) : nullptr,
-          need_key ? pointer<A>(grad_key) : nullptr, mask[2] ? pointer<A>(grad_value) : nullptr,
-          mask[3] ? pointer<A>(grad_locations) : nullptr};
+      const KeyAwareGradients<T> grads = {pointer<const T>(grad),
+                                          pointer<const A>(log_sum),
+                                          mask[0] ? pointer<T>(grad_query) : nullptr,
+                                          need_key ? pointer<A>(grad_key) : nullptr,
+                                          mask[2] ? pointer<A>(grad_value) : nullptr,
+                                          mask[3] ? pointer<A>(grad_locations) : nullptr};
       parallel_over_heads(s, 1, [&](int64_t b, int, int head, int head_end) {
         key_aware_backward<T>(in.as<T>(), grads, b, head, head_end);
       });
@@ -340,7 +369,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> key_aware_deform_attn_backward(
 
 // ---- attention_map_splat
 
-Tensor attention_map_splat(at::TensorList locations, at::TensorList weights, at::IntArrayRef shapes) {
+Tensor attention_map_splat(at::TensorList locations, at::TensorList weights,
+                           at::IntArrayRef shapes) {
   TORCH_CHECK_VALUE(!locations.empty() && locations.size() == weights.size(),
                     "expected one locations and one weights tensor per layer");
   int64_t tokens = 0;
@@ -350,18 +380,26 @@ Tensor attention_map_splat(at::TensorList locations, at::TensorList weights, at:
   Tensor map = at::zeros({B, tokens}, locations[0].options().dtype(at::kLong));
   for (size_t i = 0; i < locations.size(); ++i) {
     const Tensor xy = locations[i].contiguous(), share = weights[i].contiguous();
-    TORCH_CHECK_VALUE(xy.dim() == 6 && xy.size(0) == B && xy.size(3) == int64_t(levels.size()) &&
-                          xy.size(5) == 2,
-                      "locations must be (B, Q, M, L, P, 2), got ", xy.sizes());
+    TORCH_CHECK_VALUE(
+        xy.dim() == 6 && xy.size(0) == B && xy.size(3) == int64_t(levels.size()) && xy.size(5) == 2,
+        "locations must be (B, Q, M, L, P, 2), got ", xy.sizes());
     check_sizes("weights", share, xy.sizes().slice(0, 5));
-    const Sizes s = {B, tokens, xy.size(1), int(xy.size(2)), 0, int(levels.size()), int(xy.size(4)),
+    const Sizes s = {B,
+                     tokens,
+                     xy.size(1),
+                     int(xy.size(2)),
+                     0,
+                     int(levels.size()),
+                     int(xy.size(4)),
                      levels.data()};
     at::parallel_for(0, B * s.L, 1, [&](int64_t begin, int64_t end) {
       for (int64_t u = begin; u < end; ++u)
-        splat(s, side(xy), side(share), u / s.L, int(u % s.L), pointer<int64_t>(map) + u / s.L * tokens);
+        splat(s, side(xy), side(share), u / s.L, int(u % s.L),
+              pointer<int64_t>(map) + u / s.L * tokens);
     });
   }
-  const bool wide = locations[0].scalar_type() == at::kDouble || weights[0].scalar_type() == at::kDouble;
+  const bool wide =
+      locations[0].scalar_type() == at::kDouble || weights[0].scalar_type() == at::kDouble;
   return map.to(at::kDouble).mul_(std::ldexp(1.0, -38)).to(wide ? at::kDouble : at::kFloat);
 }
 

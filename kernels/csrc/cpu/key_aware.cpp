@@ -26,10 +26,12 @@ void key_aware_forward(const KeyAware<T>& in, T* output, Accumulator<T>* lse, in
   using A = Accumulator<T>;
   const Sizes& s = in.sizes;
   const bool shared = in.key == in.value;
-  // Two sets, in turn: while one head is worked on, the cache lines of the next one are on their way.
+  // Two sets, in turn: while one head is worked on, the cache lines of the next one are on their
+  // way.
   Samples<A> samples_of[2] = {{s, 0, s.samples()}, {s, 0, s.samples()}};
   const int chunks = int(samples_of[0].chunks.size());
-  Corners<const T> keys_of[2] = {{s, chunks}, {s, chunks}}, values_of[2] = {{s, chunks}, {s, chunks}};
+  Corners<const T> keys_of[2] = {{s, chunks}, {s, chunks}},
+                   values_of[2] = {{s, chunks}, {s, chunks}};
   const auto prepare = [&](int64_t i) {
     const int64_t row = in.order[i / s.M], m = i % s.M;
     const int64_t base = row / s.Q * s.image_stride() + m * s.D;
@@ -70,9 +72,12 @@ void key_aware_backward(const KeyAware<T>& in, const KeyAwareGradients<T>& grad,
   const bool shared = in.key == in.value;  // keys are the values: one gradient for both
   // Two sets, in turn, as in the forward pass.
   Samples<A> samples_of[2] = {{s, 0, s.samples()}, {s, 0, s.samples()}};
-  const int n = samples_of[0].count, chunks = int(samples_of[0].chunks.size()), padded = chunks * kChunk;
-  Corners<const T> keys_of[2] = {{s, chunks}, {s, chunks}}, values_of[2] = {{s, chunks}, {s, chunks}};
-  Corners<A> grad_keys_of[2] = {{s, chunks}, {s, chunks}}, grad_values_of[2] = {{s, chunks}, {s, chunks}};
+  const int n = samples_of[0].count, chunks = int(samples_of[0].chunks.size()),
+            padded = chunks * kChunk;
+  Corners<const T> keys_of[2] = {{s, chunks}, {s, chunks}},
+                   values_of[2] = {{s, chunks}, {s, chunks}};
+  Corners<A> grad_keys_of[2] = {{s, chunks}, {s, chunks}},
+             grad_values_of[2] = {{s, chunks}, {s, chunks}};
   const int heads = head_end - head;
   const auto row_of = [&](int64_t i) { return in.order[b * s.Q + i / heads]; };
   const auto prepare = [&](int64_t i) {
@@ -87,7 +92,8 @@ void key_aware_backward(const KeyAware<T>& in, const KeyAwareGradients<T>& grad,
   };
   Dots<A> key_dots(chunks), value_dots(chunks);
   std::vector<Slopes<A>> by_key(chunks), by_value(chunks);
-  std::vector<A> query(s.D), grad_output(s.D), weight(padded), grad_score(padded), grad_xy(2 * padded);
+  std::vector<A> query(s.D), grad_output(s.D), weight(padded), grad_score(padded),
+      grad_xy(2 * padded);
   const A scale = 1 / std::sqrt(A(s.D));
   if (s.Q > 0) prepare(0);
   for (int64_t i = 0; i < s.Q * heads; ++i) {
@@ -140,7 +146,7 @@ void key_aware_backward(const KeyAware<T>& in, const KeyAwareGradients<T>& grad,
   }
 }
 
-#define INSTANTIATE(T)                                                                            \
+#define INSTANTIATE(T)                                                                           \
   template void key_aware_forward<T>(const KeyAware<T>&, T*, Accumulator<T>*, int64_t, int64_t); \
   template void key_aware_backward<T>(const KeyAware<T>&, const KeyAwareGradients<T>&, int64_t,  \
                                       int, int);

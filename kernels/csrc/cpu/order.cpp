@@ -6,13 +6,15 @@
 
 namespace sparse_detr {
 
-// A counting sort by the cell of the query's place on a 12 x 12 grid: the windows that the queries of a
-// cell sample fit a level-2 cache together. Rows of level 0, one after the other, do not.
+// A counting sort by the cell of the query's place on a 12 x 12 grid: the windows that the queries
+// of a cell sample fit a level-2 cache together. Rows of level 0, one after the other, do not.
 template <typename A>
 std::vector<int64_t> visiting_order(int64_t B, int64_t Q, const A* place, int64_t stride) {
   constexpr int kSide = 12;
   const auto cell = [&](const A* p) {
-    const auto step = [=](A x) { return x > 0 ? int(std::min(x, A(0.999)) * kSide) : 0; };  // NaN: 0
+    const auto step = [=](A x) {
+      return x > 0 ? int(std::min(x, A(0.999)) * kSide) : 0;
+    };  // NaN: 0
     return step(p[1]) * kSide + step(p[0]);
   };
   std::vector<int64_t> order(B * Q);

@@ -52,8 +52,8 @@ template <typename T>
 struct AttentionGradients {
   using A = Accumulator<T>;
   const T* grad_output;
-  A* value;                  // (B, N, M, D), zeroed; nullptr: not wanted
-  A* reference_of_heads;     // (B, Q, M, L, reference_dim), to be summed over M; or nullptr
+  A* value;               // (B, N, M, D), zeroed; nullptr: not wanted
+  A* reference_of_heads;  // (B, Q, M, L, reference_dim), to be summed over M; or nullptr
   MutableSide coordinates;
   MutableSide shares;
 };
@@ -80,15 +80,15 @@ struct KeyAwareGradients {
   A* locations;  // nullptr: not wanted
 };
 
-// Rows are (image, query) pairs: b * Q + q. They are visited image by image, neighbours in the map one
-// after the other, whatever the order of the queries is: most of what a query samples is then in the
-// cache. It depends on the inputs only, so that sums have the same bits in every run.
+// Rows are (image, query) pairs: b * Q + q. They are visited image by image, neighbours in the map
+// one after the other, whatever the order of the queries is: most of what a query samples is then
+// in the cache. It depends on the inputs only, so that sums have the same bits in every run.
 // place[row * stride]: normalised (x, y) near which the row samples.
 template <typename A>
 std::vector<int64_t> visiting_order(int64_t B, int64_t Q, const A* place, int64_t stride);
 
-// Forward: the rows order[first] ... order[last - 1]. Backward: heads of one image are independent: a
-// call covers heads [head, head_end) and levels [level, level_end) of image b, over all queries,
+// Forward: the rows order[first] ... order[last - 1]. Backward: heads of one image are independent:
+// a call covers heads [head, head_end) and levels [level, level_end) of image b, over all queries,
 // and adds to the value gradient of these heads and levels only.
 template <typename T>
 void attention_forward(const Attention<T>& in, T* output, int64_t first, int64_t last);

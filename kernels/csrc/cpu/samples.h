@@ -3,9 +3,9 @@
 //
 // Samples come in chunks of 16, the last one filled up with samples that lie outside: everything
 // per sample is then a short loop of constant length over one vector register.
-// Corner i of a sample: 0 top left, 1 top right, 2 bottom left, 3 bottom right. A corner outside the
-// map points to a row of zeros (reads) or to a scratch row (writes): no branch per corner, and what
-// the map holds elsewhere, NaN included, never leaks in.
+// Corner i of a sample: 0 top left, 1 top right, 2 bottom left, 3 bottom right. A corner outside
+// the map points to a row of zeros (reads) or to a scratch row (writes): no branch per corner, and
+// what the map holds elsewhere, NaN included, never leaks in.
 
 #pragma once
 
@@ -28,10 +28,14 @@ inline int whole_chunks(int count) { return (count + kChunk - 1) / kChunk * kChu
 template <typename F>
 inline void with_pointer(const void* data, Scalar type, F&& f) {
   switch (type) {
-    case Scalar::kDouble: return f(static_cast<const double*>(data));
-    case Scalar::kFloat: return f(static_cast<const float*>(data));
-    case Scalar::kBFloat16: return f(static_cast<const BFloat16*>(data));
-    case Scalar::kHalf: return f(static_cast<const Half*>(data));
+    case Scalar::kDouble:
+      return f(static_cast<const double*>(data));
+    case Scalar::kFloat:
+      return f(static_cast<const float*>(data));
+    case Scalar::kBFloat16:
+      return f(static_cast<const BFloat16*>(data));
+    case Scalar::kHalf:
+      return f(static_cast<const Half*>(data));
   }
 }
 
@@ -71,8 +75,8 @@ struct alignas(64) Chunk {
   // Pixel coordinate (0 at the centre of the first pixel) = given coordinate * scale + centre.
   A scale_x[kChunk], scale_y[kChunk], centre_x[kChunk], centre_y[kChunk];
 
-  // Set by locate(): place inside the cell, bilinear weights, first token of the cell (which may lie
-  // outside) and, as masks, which corners are inside.
+  // Set by locate(): place inside the cell, bilinear weights, first token of the cell (which may
+  // lie outside) and, as masks, which corners are inside.
   A dx[kChunk], dy[kChunk], bilinear[4][kChunk];
   Index token[kChunk], inside[4][kChunk];
 
@@ -141,7 +145,9 @@ class Samples {
   std::vector<Chunk<A>> chunks;
 
   Samples(const Sizes& sizes, int first, int count)
-      : first(first), count(count), chunks((count + kChunk - 1) / kChunk),
+      : first(first),
+        count(count),
+        chunks((count + kChunk - 1) / kChunk),
         buffer_(2 * kChunk * chunks.size()) {
     for (int j = 0; j < kChunk * int(chunks.size()); ++j) {
       Chunk<A>& chunk = chunks[j / kChunk];
@@ -189,7 +195,8 @@ class Samples {
 
   void set_shares(const A* share) {
     for (Chunk<A>& chunk : chunks) {
-      std::memcpy(chunk.share, share, chunk.count == kChunk ? sizeof(chunk.share) : chunk.count * sizeof(A));
+      std::memcpy(chunk.share, share,
+                  chunk.count == kChunk ? sizeof(chunk.share) : chunk.count * sizeof(A));
       share += kChunk;
     }
   }
@@ -257,7 +264,9 @@ inline A softmax(int count, std::vector<A>& scores) {
 template <typename T>
 class Corners {
  public:
-  struct alignas(64) Addresses { T* at[4][kChunk]; };
+  struct alignas(64) Addresses {
+    T* at[4][kChunk];
+  };
 
   Corners(const Sizes& sizes, int chunks)
       : outside_(sizes.D), chunks_(chunks), bytes_(sizes.token_stride() * int64_t(sizeof(T))) {}
@@ -290,9 +299,9 @@ class Corners {
   int64_t bytes_;
 };
 
-// The loops below ask for the cache lines of `next`, the corners that the same loop meets in its next
-// call, while they work: one corner for each of theirs, because a processor that has some 16 requests
-// open stops at one more.
+// The loops below ask for the cache lines of `next`, the corners that the same loop meets in its
+// next call, while they work: one corner for each of theirs, because a processor that has some 16
+// requests open stops at one more.
 template <int C, typename T>
 inline void prefetch(const T* row) {
   for (size_t c = 0; c < C; c += 64 / sizeof(T)) __builtin_prefetch(row + c);
@@ -355,9 +364,13 @@ inline void corner_dots(const Corners<const T>& corners, int D, const A* vector,
   });
 }
 
-// One term of a sample's gradient: share of the sample (one per sample, in order) times a vector (D).
+// One term of a sample's gradient: share of the sample (one per sample, in order) times a vector
+// (D).
 template <typename A>
-struct Term { const A* share; const A* vector; };
+struct Term {
+  const A* share;
+  const A* vector;
+};
 
 // value at the corner += bilinear weight * sum of the terms
 template <typename A, int Terms>
@@ -392,12 +405,15 @@ inline void scatter(const Corners<A>& corners, const Samples<A>& samples, int D,
 
 // The bilinear sample <value(x, y), vector> and its derivatives by x and y in pixels.
 template <typename A>
-struct Slopes { A value[kChunk], by_x[kChunk], by_y[kChunk]; };
+struct Slopes {
+  A value[kChunk], by_x[kChunk], by_y[kChunk];
+};
 
 template <typename A>
 inline void slopes(const Chunk<A>& chunk, const std::array<A, 4 * kChunk>& dots, Slopes<A>& out) {
   for (int j = 0; j < kChunk; ++j) {
-    const A d0 = dots[j], d1 = dots[kChunk + j], d2 = dots[2 * kChunk + j], d3 = dots[3 * kChunk + j];
+    const A d0 = dots[j], d1 = dots[kChunk + j], d2 = dots[2 * kChunk + j],
+            d3 = dots[3 * kChunk + j];
     const A dx = chunk.dx[j], dy = chunk.dy[j];
     const A top = d0 + dx * (d1 - d0), bottom = d2 + dx * (d3 - d2);
     out.value[j] = top + dy * (bottom - top);

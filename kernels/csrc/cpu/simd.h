@@ -14,8 +14,12 @@
 
 namespace sparse_detr {
 
-struct BFloat16 { uint16_t bits; };
-struct Half { uint16_t bits; };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
 
 template <typename T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -87,7 +91,9 @@ inline Vector<Accumulator<T>, W> load(const T* p) {
 }
 
 template <typename T>
-inline Accumulator<T> load_one(const T* p) { return load<1>(p); }
+inline Accumulator<T> load_one(const T* p) {
+  return load<1>(p);
+}
 
 // One element of A to memory, rounded to nearest even.
 inline void store_one(double* p, double x) { *p = x; }
@@ -126,8 +132,14 @@ template <typename F>
 inline void for_each_block(int D, F&& f) {
   int c = 0;
   for (; c + 32 <= D; c += 32) f(std::integral_constant<int, 32>(), c);
-  if (c + 16 <= D) { f(std::integral_constant<int, 16>(), c); c += 16; }
-  if (c + 8 <= D) { f(std::integral_constant<int, 8>(), c); c += 8; }
+  if (c + 16 <= D) {
+    f(std::integral_constant<int, 16>(), c);
+    c += 16;
+  }
+  if (c + 8 <= D) {
+    f(std::integral_constant<int, 8>(), c);
+    c += 8;
+  }
   for (; c < D; ++c) f(std::integral_constant<int, 1>(), c);
 }
 
@@ -135,11 +147,13 @@ inline void for_each_block(int D, F&& f) {
 
 constexpr int even_lane(int i, int) { return 2 * i; }
 constexpr int odd_lane(int i, int) { return 2 * i + 1; }
-constexpr int low_halves(int i, int W) { return i / 2 + i % 2 * W; }            // a0 b0 a1 b1 ...
+constexpr int low_halves(int i, int W) { return i / 2 + i % 2 * W; }  // a0 b0 a1 b1 ...
 constexpr int high_halves(int i, int W) { return i / 2 + i % 2 * W + W / 2; }
 
 template <int Half>
-constexpr int rotated(int i, int W) { return (i + Half) % W; }
+constexpr int rotated(int i, int W) {
+  return (i + Half) % W;
+}
 
 template <int (*Lane)(int, int), typename A, int W, std::size_t... I>
 inline Vector<A, W> shuffle(Vector<A, W> a, Vector<A, W> b, std::index_sequence<I...>) {

@@ -73,8 +73,7 @@ __global__ void __launch_bounds__(kThreads, Map::kFloating ? kBackwardBlocks : k
         if (mine) sample = source.sample(problem, row, s, level, l);
         Cell<A> cell;
         int top, left;
-        const Corners corners =
-            locate(sample.x, sample.y, level, 1, cell.dx, cell.dy, top, left);
+        const Corners corners = locate(sample.x, sample.y, level, 1, cell.dx, cell.dy, top, left);
         cell.weight = sample.weight;
         records[threadIdx.x].corners = corners;
         records[threadIdx.x].cell = cell;
@@ -129,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, Map::kFloating ? kBackwardBlocks : k
       typename Map::Sum sum[V] = {};
       sums.walk(
           window, group, W::kGroups,
-          [&](int s, const float(&weight)[1]) {
+          [&](int s, const float (&weight)[1]) {
             A g[V];
             load_shared<T, V>(rows + (s * D + lane * V), g);
 #pragma unroll

@@ -27,11 +27,16 @@ using at::Tensor;
 
 Dtype dtype_of(const char* name, const Tensor& x) {
   switch (x.scalar_type()) {
-    case at::kFloat: return Dtype::kFloat32;
-    case at::kDouble: return Dtype::kFloat64;
-    case at::kHalf: return Dtype::kFloat16;
-    case at::kBFloat16: return Dtype::kBFloat16;
-    default: TORCH_CHECK_VALUE(false, name, " must have a floating dtype, got ", x.scalar_type());
+    case at::kFloat:
+      return Dtype::kFloat32;
+    case at::kDouble:
+      return Dtype::kFloat64;
+    case at::kHalf:
+      return Dtype::kFloat16;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    default:
+      TORCH_CHECK_VALUE(false, name, " must have a floating dtype, got ", x.scalar_type());
   }
 }
 
@@ -77,18 +82,19 @@ Problem problem_of(int64_t tokens, int64_t channels, at::IntArrayRef shapes,
   int64_t sum = 0;
   for (int64_t l = 0; l < levels; ++l) {
     const int64_t height = shapes[2 * l], width = shapes[2 * l + 1];
-    TORCH_CHECK_VALUE(height > 0 && width > 0 && height <= tokens && width <= tokens,
-                      "shapes ", shapes, " do not fit ", tokens, " tokens");
+    TORCH_CHECK_VALUE(height > 0 && width > 0 && height <= tokens && width <= tokens, "shapes ",
+                      shapes, " do not fit ", tokens, " tokens");
     sum += height * width;
   }
   TORCH_CHECK_VALUE(sum == tokens, "shapes ", shapes, " have ", sum, " tokens, expected ", tokens);
   TORCH_CHECK_VALUE(tokens * heads * channels <= kInt, "an image's value has ", tokens, " x ",
-                    heads, " x ", channels, " numbers, the CUDA kernels take less than 2^31 (in a "
+                    heads, " x ", channels,
+                    " numbers, the CUDA kernels take less than 2^31 (in a "
                     "batch of any size)");
-  TORCH_CHECK_VALUE(2 * queries * heads * levels * points <= kInt &&
-                        queries * heads * channels <= kInt,
-                    "an image has ", queries, " queries x ", heads, " heads x ", levels * points,
-                    " samples, the CUDA kernels take less than 2^30: split the queries");
+  TORCH_CHECK_VALUE(
+      2 * queries * heads * levels * points <= kInt && queries * heads * channels <= kInt,
+      "an image has ", queries, " queries x ", heads, " heads x ", levels * points,
+      " samples, the CUDA kernels take less than 2^30: split the queries");
   Problem problem(samples.size(0), static_cast<int>(queries), static_cast<int>(heads),
                   static_cast<int>(channels), static_cast<int>(points), static_cast<int>(levels),
                   shapes.data());
@@ -107,9 +113,7 @@ Problem with_backward_path(Problem problem) {
   return problem;
 }
 
-bool empty(const Problem& p) {
-  return p.images * p.queries * p.heads * p.channels * p.points == 0;
-}
+bool empty(const Problem& p) { return p.images * p.queries * p.heads * p.channels * p.points == 0; }
 
 // Guards the device for the duration of a call and knows its stream.
 struct OnDevice {
@@ -161,7 +165,8 @@ struct Inputs {
 
   Inputs(const Tensor& value, at::IntArrayRef shapes, const Tensor& reference,
          const Tensor& coordinates, const Tensor& shares)
-      : value(dense(value)), problem(checked(value, shapes, coordinates)),
+      : value(dense(value)),
+        problem(checked(value, shapes, coordinates)),
         dtype(dtype_of("value", value)) {
     const auto type = accumulator_of(value);
     const int64_t B = problem.images, Q = problem.queries, M = problem.heads, L = problem.levels,
@@ -187,10 +192,9 @@ struct Inputs {
 
   static Problem checked(const Tensor& value, at::IntArrayRef shapes, const Tensor& samples) {
     TORCH_CHECK_VALUE(value.dim() == 4, "value must be (B, N, M, D), got ", value.sizes());
-    TORCH_CHECK_VALUE(samples.dim() == 6 && samples.size(0) == value.size(0) &&
-                          samples.size(2) == value.size(2),
-                      "samples must be (B, Q, M, L, P, 2), got ", samples.sizes(), " for value ",
-                      value.sizes());
+    TORCH_CHECK_VALUE(
+        samples.dim() == 6 && samples.size(0) == value.size(0) && samples.size(2) == value.size(2),
+        "samples must be (B, Q, M, L, P, 2), got ", samples.sizes(), " for value ", value.sizes());
     return problem_of(value.size(1), value.size(3), shapes, samples);
   }
 
@@ -213,11 +217,11 @@ struct Inputs {
 Tensor forward(const Inputs& in) {
   const Problem& p = in.problem;
   const OnDevice device(in.value);
-  Tensor output = at::empty({p.images, p.queries, int64_t(p.heads) * p.channels},
-                            in.value.options());
+  Tensor output =
+      at::empty({p.images, p.queries, int64_t(p.heads) * p.channels}, in.value.options());
   if (empty(p)) return output.zero_();
-  C10_CUDA_CHECK(forward(p, in.dtype, pointer(in.value), in.samples(), pointer(output),
-                         device.stream));
+  C10_CUDA_CHECK(
+      forward(p, in.dtype, pointer(in.value), in.samples(), pointer(output), device.stream));
   return output;
 }
 
@@ -307,8 +311,11 @@ struct KeyAwareInputs {
 
   KeyAwareInputs(const Tensor& query, const std::optional<Tensor>& key, const Tensor& value,
                  at::IntArrayRef shapes, const Tensor& locations)
-      : query(dense(query)), value(dense(value)), locations(dense(locations)),
-        problem(Inputs::checked(value, shapes, locations)), dtype(dtype_of("value", value)) {
+      : query(dense(query)),
+        value(dense(value)),
+        locations(dense(locations)),
+        problem(Inputs::checked(value, shapes, locations)),
+        dtype(dtype_of("value", value)) {
     if (key) {
       check("key", *key, value.sizes(), value.scalar_type(), value.device());
       this->key = dense(*key);
@@ -327,8 +334,8 @@ std::tuple<Tensor, Tensor> key_aware_deform_attn(const Tensor& query,
   const Problem& p = in.problem;
   const OnDevice device(value);
   Tensor output = at::zeros({p.images, p.queries, int64_t(p.heads) * p.channels}, value.options());
-  Tensor lse = at::zeros({p.images, p.queries, p.heads},
-                         value.options().dtype(accumulator_of(value)));
+  Tensor lse =
+      at::zeros({p.images, p.queries, p.heads}, value.options().dtype(accumulator_of(value)));
   if (!empty(p)) {
     C10_CUDA_CHECK(key_aware_forward(p, in.dtype, pointer(in.query), pointer(in.key),
                                      pointer(in.value), pointer(in.locations), pointer(output),
@@ -358,10 +365,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> key_aware_deform_attn_backward(
   }
   const MapBuffer grad_key(key ? in.key : in.value, need_key, bound);
   const MapBuffer grad_value(in.value, need_value, bound);
-  Tensor grad_query = need_query ? at::zeros(query.sizes(), query.options().dtype(type))
-                                 : unwanted(query);
-  Tensor grad_locations = mask[3] ? at::zeros(locations.sizes(), locations.options())
-                                  : unwanted(locations);
+  Tensor grad_query =
+      need_query ? at::zeros(query.sizes(), query.options().dtype(type)) : unwanted(query);
+  Tensor grad_locations =
+      mask[3] ? at::zeros(locations.sizes(), locations.options()) : unwanted(locations);
   if (!empty(p)) {
     const Tensor grad = dense(grad_output), out = dense(output), total = dense(lse);
     C10_CUDA_CHECK(key_aware_backward(p, in.dtype, pointer(grad), pointer(out), pointer(total),
@@ -396,8 +403,8 @@ Tensor attention_map_splat(at::TensorList locations, at::TensorList weights,
     check("locations", xy, xy.sizes(), type, first.device());
     check("weights", share, xy.sizes().slice(0, 5), type, first.device());
     if (xy.numel() == 0) continue;
-    C10_CUDA_CHECK(splat(problem, dtype, pointer(xy), pointer(share), pointer(fixed),
-                         device.stream));
+    C10_CUDA_CHECK(
+        splat(problem, dtype, pointer(xy), pointer(share), pointer(fixed), device.stream));
   }
   Tensor map = at::zeros({first.size(0), tokens}, first.options().dtype(type));
   C10_CUDA_CHECK(splat_to_float(dtype, pointer(fixed), map.numel(), pointer(map), device.stream));

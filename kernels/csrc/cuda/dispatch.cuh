@@ -38,10 +38,14 @@ cudaError_t for_each_width(Dtype dtype, int channels, F f) {
 template <typename F>
 cudaError_t for_each_dtype(Dtype dtype, F f) {
   switch (dtype) {
-    case Dtype::kFloat32: return f(float());
-    case Dtype::kFloat64: return f(double());
-    case Dtype::kFloat16: return f(__half());
-    case Dtype::kBFloat16: return f(__nv_bfloat16());
+    case Dtype::kFloat32:
+      return f(float());
+    case Dtype::kFloat64:
+      return f(double());
+    case Dtype::kFloat16:
+      return f(__half());
+    case Dtype::kBFloat16:
+      return f(__nv_bfloat16());
   }
   return cudaErrorInvalidValue;
 }

@@ -205,8 +205,8 @@ __global__ void __launch_bounds__(kThreads, (kShared && W::V == 4 ? 3 : 2) / W::
         const int l = problem.level_of(first + s);
         const Sample<A> sample = source.sample(problem, row, first + s, problem.level[l], l);
         Cell<A> cell;
-        corners[s] = locate(at < 0 ? A(NAN) : sample.x, sample.y, problem.level[l], stride,
-                            cell.dx, cell.dy);
+        corners[s] = locate(at < 0 ? A(NAN) : sample.x, sample.y, problem.level[l], stride, cell.dx,
+                            cell.dy);
         cells[s] = cell;
       }
       __syncwarp();
@@ -298,17 +298,15 @@ cudaError_t backward_with(const Problem& problem, const void* grad_output, const
   using T = typename W::T;
   using A = typename W::A;
   const auto run = [&](auto launch) {
-    return launch(problem, stream, 0, Given<A>(samples, problem.points),
-                  static_cast<const T*>(grad_output), static_cast<const T*>(output),
-                  static_cast<const A*>(lse), static_cast<const T*>(query),
-                  static_cast<const T*>(key ? key : value), static_cast<const T*>(value),
-                  static_cast<A*>(grad_query), grad_key, grad_value,
-                  static_cast<A*>(grad_locations));
+    return launch(
+        problem, stream, 0, Given<A>(samples, problem.points), static_cast<const T*>(grad_output),
+        static_cast<const T*>(output), static_cast<const A*>(lse), static_cast<const T*>(query),
+        static_cast<const T*>(key ? key : value), static_cast<const T*>(value),
+        static_cast<A*>(grad_query), grad_key, grad_value, static_cast<A*>(grad_locations));
   };
   if (key) {
-    return run([](const auto&... x) {
-      return launch<W, key_aware_backward_kernel<W, false, Map>>(x...);
-    });
+    return run(
+        [](const auto&... x) { return launch<W, key_aware_backward_kernel<W, false, Map>>(x...); });
   }
   return run(
       [](const auto&... x) { return launch<W, key_aware_backward_kernel<W, true, Map>>(x...); });

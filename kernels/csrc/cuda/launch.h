@@ -20,7 +20,7 @@
 namespace sparse_detr::cuda {
 
 constexpr int kMaxLevels = 8;
-constexpr int kMaxSamples = 2048;  // L * P
+constexpr int kMaxSamples = 2048;       // L * P
 constexpr int64_t kEnoughBlocks = 512;  // to occupy a large device
 constexpr int kAggregatedSamples = 32;  // L * P, for the aggregated backward
 
@@ -52,8 +52,16 @@ struct Problem {
   // shapes: height and width of each level. At most kMaxLevels levels.
   Problem(int64_t images, int queries, int heads, int channels, int points, int levels,
           const int64_t* shapes)
-      : images(images), tokens(0), queries(queries), heads(heads), channels(channels),
-        levels(levels), points(points), tiles(0), tiled_from(-1), aggregate(false),
+      : images(images),
+        tokens(0),
+        queries(queries),
+        heads(heads),
+        channels(channels),
+        levels(levels),
+        points(points),
+        tiles(0),
+        tiled_from(-1),
+        aggregate(false),
         reciprocal(points > 0 ? unsigned(((1 << 28) + points - 1) / points) : 0) {
     for (int l = 0; l < levels; ++l) {
       const int height = static_cast<int>(shapes[2 * l]);
@@ -160,8 +168,8 @@ cudaError_t fixed_to_float(const Problem&, Dtype, const void* fixed, const void*
                            int64_t count, void* map, cudaStream_t);
 
 // Adds one layer's attention to fixed (B, N) in units of 2^-38, bit-reproducibly.
-cudaError_t splat(const Problem&, Dtype, const void* locations, const void* weights,
-                  void* fixed, cudaStream_t);
+cudaError_t splat(const Problem&, Dtype, const void* locations, const void* weights, void* fixed,
+                  cudaStream_t);
 cudaError_t splat_to_float(Dtype, const void* fixed, int64_t count, void* map, cudaStream_t);
 
 }  // namespace sparse_detr::cuda

@@ -40,8 +40,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
-    splat_to_float_kernel(const long long* __restrict__ fixed, int64_t count,
-                          A* __restrict__ map) {
+    splat_to_float_kernel(const long long* __restrict__ fixed, int64_t count, A* __restrict__ map) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < count) map[i] = static_cast<A>(fixed[i] / kUnitsPerOne);
 }

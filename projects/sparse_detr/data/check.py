@@ -44,8 +44,7 @@ def read_annotations(json_file: str) -> dict:
         raise UserError(f"{json_file} is not a JSON file: {error}") from None
     keys = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not all(
-        isinstance(content.get(key), list) and all(isinstance(x, dict) for x in content[key])
-        for key in keys
+        isinstance(content.get(key), list) and all(isinstance(x, dict) for x in content[key]) for key in keys
     ):
         found = ", ".join(content) if isinstance(content, dict) else type(content).__name__
         raise UserError(
@@ -63,9 +62,7 @@ def category_names(json_file: str) -> list[str]:
     return names
 
 
-def check_data(
-    train: tuple[str, str] | None = None, val: tuple[str, str] | None = None
-) -> None:
+def check_data(train: tuple[str, str] | None = None, val: tuple[str, str] | None = None) -> None:
     """Checks data sets, each a JSON file and its image folder, and logs what it finds.
 
     Call it in every process: the main one looks, and all raise what it finds.
@@ -125,9 +122,7 @@ def _check_categories(report: Report) -> None:
     nameless = [
         c for c in categories if record_id(c) is None or not isinstance(c.get("name"), str) or not c["name"]
     ]
-    report.add(
-        "categories without an id or a name", nameless, "add them, the name as a text", fatal=True
-    )
+    report.add("categories without an id or a name", nameless, "add them, the name as a text", fatal=True)
     ids = [c.get("id") for c in categories]
     report.add("category ids twice", _repeated(ids), "give each class an id of its own", fatal=True)
     report.add(
@@ -150,9 +145,7 @@ def _check_images(report: Report) -> None:
         ("width", _is_size),
         ("height", _is_size),
     ):
-        lacking = [
-            i.get("file_name") or f"image {i.get('id')}" for i in images if not sound(i.get(key))
-        ]
+        lacking = [i.get("file_name") or f"image {i.get('id')}" for i in images if not sound(i.get(key))]
         report.add(f"images without a proper {key}", lacking, f"add the {key}", fatal=True)
     report.add(
         "image ids twice",
@@ -200,9 +193,7 @@ def _check_annotations(report: Report) -> None:
     names = listed([f"{key} {name}" for key, name in known.items()], limit=20)
     report.add("annotations of unknown categories", unknown, f"known are {names}", fatal=True)
     ignored = [_annotation(a) for a in annotations if a.get("ignore")]
-    report.add(
-        "annotations with the key ignore", ignored, "not supported: use iscrowd", fatal=True
-    )
+    report.add("annotations with the key ignore", ignored, "not supported: use iscrowd", fatal=True)
     unclear = [_annotation(a) for a in annotations if a.get("iscrowd", 0) not in (0, 1)]
     report.add("annotations whose iscrowd is not 0 or 1", unclear, "write 0 or 1", fatal=True)
     crowd = [_annotation(a) for a in annotations if a.get("iscrowd")]
@@ -240,9 +231,7 @@ def _check_boxes(report: Report, evaluated: bool) -> None:
                 clipped.append(name)
     dropped = "kept by the evaluation, where they can only be missed" if evaluated else "dropped"
     kept = "kept by the evaluation as they are" if evaluated else "clipped to the image"
-    report.add(
-        "boxes that are not four finite numbers", broken, "expected [x, y, w, h]", fatal=True
-    )
+    report.add("boxes that are not four finite numbers", broken, "expected [x, y, w, h]", fatal=True)
     report.add("boxes without an area", empty, dropped)
     report.add("boxes outside their image", outside, dropped)
     if len(clipped) > len(objects) / 2:
@@ -278,9 +267,7 @@ def _check_files(report: Report) -> None:
             shown = "{}x{}".format(*expected)
             resized.append(f"{name}: {size[0]}x{size[1]}, in the JSON {shown}")
     root = os.path.abspath(report.image_root)
-    report.add(
-        "missing image files", missing, f"file names are looked for in {root}", fatal=True
-    )
+    report.add("missing image files", missing, f"file names are looked for in {root}", fatal=True)
     report.add("image files that cannot be read", unreadable, "replace them", fatal=True)
     report.add(
         "image files of another size (width x height) than in the JSON",

@@ -61,8 +61,7 @@ class TrainingDataset(Dataset):
             return self.mapper(record)
         except Exception as error:
             raise RuntimeError(
-                f"cannot read training image {record.get('image_id')} "
-                f"({record.get('file_name')}): {error}"
+                f"cannot read training image {record.get('image_id')} ({record.get('file_name')}): {error}"
             ) from error
 
 
@@ -78,9 +77,7 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
     ``seed`` and ``start_iter`` may be set until iteration starts; all processes must agree on them.
     """
 
-    def __init__(
-        self, size: int, total_batch_size: int, groups: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, size: int, total_batch_size: int, groups: Sequence[int] | None = None) -> None:
         if size < 1:
             raise UserError("the training set holds no image")
         if total_batch_size < 1 or total_batch_size % comm.get_world_size():
@@ -138,9 +135,7 @@ def build_train_loader(
     empty = sum(not record.get("annotations") for record in dataset)
     logger.info("%d of the %d training images have no object", empty, len(dataset))
     groups = None
-    if aspect_ratio_grouping and all(
-        "width" in record and "height" in record for record in dataset
-    ):
+    if aspect_ratio_grouping and all("width" in record and "height" in record for record in dataset):
         groups = [int(record["width"] > record["height"]) for record in dataset]
     return DataLoader(
         TrainingDataset(dataset, mapper),

@@ -34,8 +34,7 @@ def register_coco(name: str, json_file: str, image_root: str) -> None:
             return
         if not metadata.get("registered_by_sparse_detr"):
             raise UserError(
-                f"the data set name {name!r} is taken by {metadata.get('json_file')}: "
-                "choose another name"
+                f"the data set name {name!r} is taken by {metadata.get('json_file')}: choose another name"
             )
         logger.info("data set %r now means %s", name, json_file)
         DatasetCatalog.remove(name)
@@ -44,9 +43,7 @@ def register_coco(name: str, json_file: str, image_root: str) -> None:
     register_coco_instances(name, {"registered_by_sparse_detr": True}, **files)
 
 
-def coco_dataset(
-    *, names: str, json_file: str, image_root: str, filter_empty: bool = False
-) -> list[dict]:
+def coco_dataset(*, names: str, json_file: str, image_root: str, filter_empty: bool = False) -> list[dict]:
     """A config's ``dataloader.*.dataset``: registers a COCO-format set, returns its dataset dicts.
 
     Args:
@@ -93,9 +90,7 @@ def check_datasets(*names: str) -> None:
                 "or call sparse_detr.data.register_coco first"
             )
         metadata = MetadataCatalog.get(name)
-        root = os.path.abspath(
-            os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
-        )
+        root = os.path.abspath(os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets")))
         _check_files(
             name,
             metadata.get("json_file"),
@@ -111,9 +106,7 @@ def _check_files(name: str, json_file: str | None, image_root: str | None, hint:
             f"data set {name!r}: there is no annotation file {os.path.abspath(json_file)}; {hint}"
         )
     if image_root and not os.path.isdir(image_root):
-        raise UserError(
-            f"data set {name!r}: there is no image folder {os.path.abspath(image_root)}; {hint}"
-        )
+        raise UserError(f"data set {name!r}: there is no image folder {os.path.abspath(image_root)}; {hint}")
 
 
 def check_classes(num_classes: int, *names: str, expected: Sequence[str] | None = None) -> None:
@@ -134,11 +127,14 @@ def check_classes(num_classes: int, *names: str, expected: Sequence[str] | None 
             raise UserError(
                 f"data set {name!r} has {len(classes)} classes ({shown}) "
                 f"but model.num_classes={num_classes}: "
-                + (f"pass model.num_classes={len(classes)}" if expected is None else
-                   "give its JSON all the model's categories, in their order "
-                   f"({listed(expected, 5)}); some may have no object")
+                + (
+                    f"pass model.num_classes={len(classes)}"
+                    if expected is None
+                    else "give its JSON all the model's categories, in their order "
+                    f"({listed(expected, 5)}); some may have no object"
+                )
                 + "; to train for the data's own, data.classes=null model.num_classes=null" * stored
-            )  # fmt: skip
+            )
         expected = list(classes) if expected is None else list(expected)
         if classes != expected:
             wrong = next(k for k, pair in enumerate(zip(classes, expected)) if len(set(pair)) > 1)

@@ -142,9 +142,7 @@ def draw_image(rng: np.random.RandomState) -> tuple[np.ndarray, list[tuple[int, 
     kinds += [-1] * rng.randint(1, 5)  # distractors
     sizes = np.exp(rng.uniform(math.log(13), math.log(0.85 * min(height, width)), len(kinds)))
 
-    layers: list[
-        tuple[int, int, np.ndarray]
-    ] = []  # class, full area in pixels, mask of visible pixels
+    layers: list[tuple[int, int, np.ndarray]] = []  # class, full area in pixels, mask of visible pixels
     for i in np.argsort(-sizes, kind="stable"):  # small on top of large
         name = CLASSES[kinds[i]] if kinds[i] >= 0 else DISTRACTORS[rng.randint(len(DISTRACTORS))]
         alpha = _silhouette(rng, name, sizes[i])
@@ -191,9 +189,7 @@ def _outline(rng: np.random.RandomState, name: str) -> list[tuple[float, float]]
         return around(np.ones(25), sweep=math.pi * 25 / 24)
     assert name == "blob"
     angles = np.linspace(0, 2 * math.pi, 48, endpoint=False)
-    waves = sum(
-        rng.uniform(0.1, 0.25) * np.cos(k * angles + rng.uniform(0, 2 * math.pi)) for k in (2, 3, 5)
-    )
+    waves = sum(rng.uniform(0.1, 0.25) * np.cos(k * angles + rng.uniform(0, 2 * math.pi)) for k in (2, 3, 5))
     return around((1 + waves) / 1.6)
 
 
@@ -284,9 +280,7 @@ def _background(rng: np.random.RandomState, height: int, width: int) -> np.ndarr
     clouds = _clouds(rng, height, width, rng.randint(2, 7))[..., None]
     canvas = (low + (high - low) * clouds).astype(np.float32)
     for _ in range(rng.randint(1, 4)):
-        alpha = 1 / (
-            1 + np.exp(-12 * (_clouds(rng, height, width, rng.randint(2, 5))[..., None] - 0.6))
-        )
+        alpha = 1 / (1 + np.exp(-12 * (_clouds(rng, height, width, rng.randint(2, 5))[..., None] - 0.6)))
         canvas += alpha * (_texture(rng, _muted(rng), height, width) - canvas)
     return canvas
 

@@ -60,9 +60,7 @@ class BestCheckpoint(hooks.BestCheckpointer):
             with open(self._path) as file:
                 rows = json.load(file)
             self.record = [
-                row
-                for row in rows
-                if row["iteration"] <= self.trainer.start_iter and self._val_metric in row
+                row for row in rows if row["iteration"] <= self.trainer.start_iter and self._val_metric in row
             ]
         self._recall()
         self._stop_if_stale()
@@ -97,9 +95,7 @@ class BestCheckpoint(hooks.BestCheckpointer):
         self.best_metric = self.best_iter = None
         for row in self.record:
             value = row[self._val_metric]
-            if math.isfinite(value) and (
-                self.best_metric is None or self._compare(value, self.best_metric)
-            ):
+            if math.isfinite(value) and (self.best_metric is None or self._compare(value, self.best_metric)):
                 self.best_metric, self.best_iter = value, row["iteration"] - 1
 
     @property

@@ -86,10 +86,14 @@ def resnet_mismatch(model: nn.Module, origin: str | None) -> str:
     if not hasattr(block, "conv3") or origin not in ("torchvision", "Caffe2"):
         return ""
     built = "Caffe2" if max(block.conv1.stride) == 2 else "torchvision"
-    return "" if built == origin else (
-        f"the backbone's weights come from {origin}'s kind of ResNet-50/101, but the model has "
-        f"{built}'s, with the stride in another convolution and other input: they load, and give "
-        "poor features. configs/models/backbones.py has both kinds"
+    return (
+        ""
+        if built == origin
+        else (
+            f"the backbone's weights come from {origin}'s kind of ResNet-50/101, but the model has "
+            f"{built}'s, with the stride in another convolution and other input: they load, and give "
+            "poor features. configs/models/backbones.py has both kinds"
+        )
     )
 
 

@@ -39,9 +39,13 @@ def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespac
     if started is None:
         try:
             detectron2_launch(
-                main, args.num_gpus, num_machines=args.num_machines, machine_rank=args.machine_rank,
-                dist_url=args.dist_url, args=(args,),
-            )  # fmt: skip
+                main,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args,),
+            )
         except ProcessRaisedException as error:  # it holds the process's traceback as text
             told = re.search(rf"^{UserError.__module__}\.UserError: (.*)", error.msg, re.M | re.S)
             if told is None:

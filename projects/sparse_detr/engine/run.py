@@ -93,9 +93,7 @@ def evaluate(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, fl
     except ValueError as error:
         if not fallback:
             raise
-        raise UserError(
-            f"{absent}: evaluating train.init_checkpoint={weights}: {error}"
-        ) from error
+        raise UserError(f"{absent}: evaluating train.init_checkpoint={weights}: {error}") from error
     return evaluation(model)
 
 
@@ -130,9 +128,11 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, float
         "training for %d iterations%s; evaluation %s, checkpoint %s",
         run.max_iter,
         f" ({epochs:.4g} epochs of {size} images in batches of {batch_size})" if known else "",
-        *(f"every {period} iterations" if period else "at the end"
-          for period in (run.eval_period, run.checkpoint_period)),
-    )  # fmt: skip
+        *(
+            f"every {period} iterations" if period else "at the end"
+            for period in (run.eval_period, run.checkpoint_period)
+        ),
+    )
 
     device_ids = None if device.type == "cpu" else [torch.cuda.current_device()]
     trainer = Trainer(
@@ -225,9 +225,7 @@ def _check_periods(train: DictConfig) -> None:
     ):
         value = OmegaConf.select(train, name)
         if value < least if value is not None else not optional:
-            raise UserError(
-                f"train.{name}={value} must be at least {least}{', or null' if optional else ''}"
-            )
+            raise UserError(f"train.{name}={value} must be at least {least}{', or null' if optional else ''}")
 
 
 def _save_config(cfg: DictConfig, seed: int) -> None:
@@ -268,9 +266,7 @@ def _check_own_data(cfg: DictConfig, *splits: str) -> None:
     for split in splits:
         json_file, images = data.get(f"{split}_json"), data.get(f"{split}_images")
         if bool(json_file) != bool(images):
-            raise UserError(
-                f"data.{split}_json={json_file} and data.{split}_images={images}: pass both"
-            )
+            raise UserError(f"data.{split}_json={json_file} and data.{split}_images={images}: pass both")
         if json_file:
             files[split] = (json_file, images)
     if data.get("check"):

@@ -60,9 +60,7 @@ class RunLength:
             max_iter=int(max_iter),
             epoch_iters=epoch_iters,
             eval_period=epoch if train.eval_period is None else int(train.eval_period),
-            checkpoint_period=epoch
-            if train.checkpointer.period is None
-            else int(train.checkpointer.period),
+            checkpoint_period=epoch if train.checkpointer.period is None else int(train.checkpointer.period),
         )
 
 
@@ -104,8 +102,10 @@ class EpochSchedule:
             logger.warning(
                 "lr_multiplier.milestones=%s: %s lie behind the run's %.4g epochs: the learning rate "
                 "does not drop there",
-                self.milestones, late, run.max_iter / run.epoch_iters,
-            )  # fmt: skip
+                self.milestones,
+                late,
+                run.max_iter / run.epoch_iters,
+            )
         steps = [step for step in steps if step < run.max_iter]
         scheduler = MultiStepParamScheduler(
             [self.gamma**i for i in range(len(steps) + 1)],
@@ -118,8 +118,10 @@ class EpochSchedule:
             logger.warning(
                 "lr_multiplier.warmup_iters=%d is too long for this run, whose learning rate falls "
                 "or ends after %d iterations: the warm-up takes %d, a third of them",
-                self.warmup_iters, full_rate, warmup_iters,
-            )  # fmt: skip
+                self.warmup_iters,
+                full_rate,
+                warmup_iters,
+            )
         if warmup_iters:
             warmup_length = warmup_iters / run.max_iter
             scheduler = WarmupParamScheduler(scheduler, self.warmup_factor, warmup_length)

@@ -27,9 +27,7 @@ def amp_dtype(enabled: bool, dtype: str, device: torch.device) -> torch.dtype | 
     if dtype not in _AMP_DTYPES:
         raise UserError(f"train.amp.dtype must be bfloat16 or float16, not {dtype!r}")
     if _AMP_DTYPES[dtype] == torch.float16 and device.type != "cuda":
-        raise UserError(
-            f"train.amp.dtype=float16 needs a GPU, but train.device is {device}: use bfloat16"
-        )
+        raise UserError(f"train.amp.dtype=float16 needs a GPU, but train.device is {device}: use bfloat16")
     return _AMP_DTYPES[dtype]
 
 
@@ -100,8 +98,9 @@ class Trainer(SimpleTrainer):
             super().train(start_iter, max_iter)
         except StopTraining as reason:
             self.stopped = True
-            logger.info("training stops after %d of %d iterations: %s",
-                        start_iter + self.steps, max_iter, reason)  # fmt: skip
+            logger.info(
+                "training stops after %d of %d iterations: %s", start_iter + self.steps, max_iter, reason
+            )
 
     @property
     def _sampler(self) -> TrainingBatchSampler | None:
@@ -260,8 +259,9 @@ class Trainer(SimpleTrainer):
                 "from the weights (train.init_checkpoint=<this file>, another train.output_dir)"
             ) from error
         if state_dict["seed"] != self.seed and not self._seed_drawn:
-            logger.warning("the run goes on with its own seed %d, not with train.seed=%d",
-                           state_dict["seed"], self.seed)  # fmt: skip
+            logger.warning(
+                "the run goes on with its own seed %d, not with train.seed=%d", state_dict["seed"], self.seed
+            )
         self.seed = state_dict["seed"]
         if state_dict["grad_scaler"]:  # empty if the earlier run did not scale
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
@@ -279,8 +279,7 @@ class Trainer(SimpleTrainer):
                 if name == "lr":  # the schedule starts from here
                     group["initial_lr"] = own[name]
         if changes:
-            logger.warning("the run goes on with other settings of the optimizer: %s",
-                           ", ".join(changes))  # fmt: skip
+            logger.warning("the run goes on with other settings of the optimizer: %s", ", ".join(changes))
 
 
 def _settings(group: dict) -> dict:

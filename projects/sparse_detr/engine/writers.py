@@ -49,9 +49,7 @@ class ProgressPrinter(CommonMetricPrinter):
 
         parts = []
         if not math.isnan(self._epoch_iters):
-            parts.append(
-                f"epoch {done / self._epoch_iters:.2f}/{self._max_iter / self._epoch_iters:.4g}"
-            )
+            parts.append(f"epoch {done / self._epoch_iters:.2f}/{self._max_iter / self._epoch_iters:.4g}")
         parts.append(f"iter {done}/{self._max_iter}")
         if "time" in histories:
             seconds = histories["time"].median(1000) * (self._max_iter - done)
@@ -78,8 +76,7 @@ class WandbWriter(EventWriter):
             import wandb
         except ImportError as error:
             raise UserError(
-                "train.wandb.enabled=True needs wandb, which cannot be imported "
-                f"({error}): pip install wandb"
+                f"train.wandb.enabled=True needs wandb, which cannot be imported ({error}): pip install wandb"
             ) from error
         self._run = wandb.init(**params)
         self._written = -1

@@ -46,13 +46,19 @@ class DeformableSampling(nn.Module):
         shared_offsets: a head's P offsets, in cells, are the same on all levels.
     """
 
-    def __init__(self, *, embed_dim: int = 256, num_heads: int = 8, num_levels: int = 4,
-                 num_points: int = 4, shared_offsets: bool = False):
+    def __init__(
+        self,
+        *,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        num_levels: int = 4,
+        num_points: int = 4,
+        shared_offsets: bool = False,
+    ):
         super().__init__()
         if embed_dim % num_heads:
             raise ValueError(
-                f"{type(self).__name__}: embed_dim={embed_dim} must be a multiple of "
-                f"num_heads={num_heads}"
+                f"{type(self).__name__}: embed_dim={embed_dim} must be a multiple of num_heads={num_heads}"
             )
         self.num_heads = num_heads
         self.num_levels = num_levels
@@ -88,10 +94,22 @@ class DeformableSampling(nn.Module):
 class MSDeformAttn(DeformableSampling):
     """Multi-scale deformable attention: weights are a linear function of the query."""
 
-    def __init__(self, *, embed_dim: int = 256, num_heads: int = 8, num_levels: int = 4,
-                 num_points: int = 4, shared_offsets: bool = False):
-        super().__init__(embed_dim=embed_dim, num_heads=num_heads, num_levels=num_levels,
-                         num_points=num_points, shared_offsets=shared_offsets)
+    def __init__(
+        self,
+        *,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        num_levels: int = 4,
+        num_points: int = 4,
+        shared_offsets: bool = False,
+    ):
+        super().__init__(
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            num_levels=num_levels,
+            num_points=num_points,
+            shared_offsets=shared_offsets,
+        )
         self.attention_weights = nn.Linear(embed_dim, num_heads * num_levels * num_points)
         self.init_weights()
 
@@ -100,8 +118,15 @@ class MSDeformAttn(DeformableSampling):
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)
 
-    def forward(self, query: Tensor, reference: Tensor, value: Tensor, shapes: LevelShapes,
-                mask: Tensor | None = None, record: bool = False) -> tuple[Tensor, Samples | None]:
+    def forward(
+        self,
+        query: Tensor,
+        reference: Tensor,
+        value: Tensor,
+        shapes: LevelShapes,
+        mask: Tensor | None = None,
+        record: bool = False,
+    ) -> tuple[Tensor, Samples | None]:
         """Attend from ``query`` to the maps in ``value``.
 
         Args:
@@ -127,8 +152,7 @@ class MSDeformAttn(DeformableSampling):
         return self.output_proj(out), Samples(locations.detach(), weights.detach())
 
 
-def project_value(projection: nn.Linear, value: Tensor, mask: Tensor | None,
-                  num_heads: int) -> Tensor:
+def project_value(projection: nn.Linear, value: Tensor, mask: Tensor | None, num_heads: int) -> Tensor:
     """Project (B, N, C), zero the padding *after* the bias, split heads -> (B, N, M, D)."""
     value = projection(value)
     if mask is not None:

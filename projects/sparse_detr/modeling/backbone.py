@@ -42,20 +42,32 @@ def fold_frozen_norms(module: nn.Module) -> None:
             part.__class__ = FrozenNormConv2d  # same state, so nothing is built or copied
 
 
-def build_swin(*, embed_dim: int = 96, depths: Sequence[int] = (2, 2, 6, 2),
-               num_heads: Sequence[int] = (3, 6, 12, 24), window_size: int = 7,
-               drop_path_rate: float = 0.2, out_indices: Sequence[int] = (1, 2, 3),
-               frozen_stages: int = -1, pretrain_img_size: int = 224,
-               use_checkpoint: bool = False) -> SwinTransformer:
+def build_swin(
+    *,
+    embed_dim: int = 96,
+    depths: Sequence[int] = (2, 2, 6, 2),
+    num_heads: Sequence[int] = (3, 6, 12, 24),
+    window_size: int = 7,
+    drop_path_rate: float = 0.2,
+    out_indices: Sequence[int] = (1, 2, 3),
+    frozen_stages: int = -1,
+    pretrain_img_size: int = 224,
+    use_checkpoint: bool = False,
+) -> SwinTransformer:
     """Swin Transformer (Liu et al., ICCV 2021) with stochastic depth from torchvision.
 
     Outputs ``p{i}`` for i in ``out_indices``, strides 4, 8, 16, 32; images of any size.
     ``frozen_stages=2`` freezes the patch embedding and the first stage.
     """
     swin = SwinTransformer(
-        embed_dim=embed_dim, depths=list(depths), num_heads=list(num_heads),
-        window_size=window_size, drop_path_rate=0.0, out_indices=tuple(out_indices),
-        frozen_stages=frozen_stages, pretrain_img_size=pretrain_img_size,
+        embed_dim=embed_dim,
+        depths=list(depths),
+        num_heads=list(num_heads),
+        window_size=window_size,
+        drop_path_rate=0.0,
+        out_indices=tuple(out_indices),
+        frozen_stages=frozen_stages,
+        pretrain_img_size=pretrain_img_size,
         use_checkpoint=use_checkpoint,
     )
     # detectron2 would import timm for a rate above 0.
@@ -65,8 +77,9 @@ def build_swin(*, embed_dim: int = 96, depths: Sequence[int] = (2, 2, 6, 2),
     return swin
 
 
-def build_dilated_resnet(*, depth: int = 50, freeze_at: int = 2,
-                         out_features: Sequence[str] = ("res5",)) -> ResNet:
+def build_dilated_resnet(
+    *, depth: int = 50, freeze_at: int = 2, out_features: Sequence[str] = ("res5",)
+) -> ResNet:
     """ResNet with frozen norms whose last stage has stride 1 and dilation 2 (DC5): stride 16.
 
     The first block of the stage keeps dilation 1, as in torchvision's
@@ -74,9 +87,14 @@ def build_dilated_resnet(*, depth: int = 50, freeze_at: int = 2,
     """
     stages = ResNet.make_default_stages(depth, stride_in_1x1=False, norm="FrozenBN")
     stages[-1] = ResNet.make_stage(
-        BottleneckBlock, len(stages[-1]), in_channels=1024, out_channels=2048,
-        bottleneck_channels=512, stride_per_block=[1] * len(stages[-1]),
-        dilation_per_block=[1] + [2] * (len(stages[-1]) - 1), stride_in_1x1=False,
+        BottleneckBlock,
+        len(stages[-1]),
+        in_channels=1024,
+        out_channels=2048,
+        bottleneck_channels=512,
+        stride_per_block=[1] * len(stages[-1]),
+        dilation_per_block=[1] + [2] * (len(stages[-1]) - 1),
+        stride_in_1x1=False,
         norm="FrozenBN",
     )
     stem = BasicStem(in_channels=3, out_channels=64, norm="FrozenBN")

@@ -75,28 +75,34 @@ class SetCriterion(nn.Module):
         giou_eps: see ``giou``; 0 in Deformable DETR, 1e-6 in DINO.
     """
 
-    def __init__(self, *, matcher: HungarianMatcher, weight_class: float = 2.0,
-                 weight_bbox: float = 5.0, weight_giou: float = 2.0, alpha: float = 0.25,
-                 gamma: float = 2.0, giou_eps: float = 0.0):
+    def __init__(
+        self,
+        *,
+        matcher: HungarianMatcher,
+        weight_class: float = 2.0,
+        weight_bbox: float = 5.0,
+        weight_giou: float = 2.0,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        giou_eps: float = 0.0,
+    ):
         super().__init__()
         self.matcher = matcher
-        self.weights = {
-            "loss_class": weight_class, "loss_bbox": weight_bbox, "loss_giou": weight_giou
-        }
+        self.weights = {"loss_class": weight_class, "loss_bbox": weight_bbox, "loss_giou": weight_giou}
         self.alpha = alpha
         self.gamma = gamma
         self.giou_eps = giou_eps
 
-    def forward(self, predictions: Sequence[Predictions], targets: Sequence[Target]
-                ) -> dict[str, Tensor]:
+    def forward(self, predictions: Sequence[Predictions], targets: Sequence[Target]) -> dict[str, Tensor]:
         """Weighted ``loss_class``, ``loss_bbox`` and ``loss_giou`` with each set's suffix."""
         losses = {}
         for name, value, weight in self.losses(predictions, targets):
             losses[name] = value * weight
         return losses
 
-    def losses(self, predictions: Sequence[Predictions], targets: Sequence[Target]
-               ) -> list[tuple[str, Tensor, float]]:
+    def losses(
+        self, predictions: Sequence[Predictions], targets: Sequence[Target]
+    ) -> list[tuple[str, Tensor, float]]:
         """(name, unweighted loss, weight) for every loss of every set."""
         matches = self.match(predictions, targets)
         num_objects = sum(len(t.labels) for t in targets)
@@ -106,26 +112,34 @@ class SetCriterion(nn.Module):
         for prediction, match in zip(predictions, matches):
             labels, boxes = _concatenate(_targets_of(prediction, targets))
             for name, value in self._set_losses(prediction, match, labels, boxes).items():
-                out.append((
-                    name + prediction.suffix,
-                    value / ((count * prediction.repeat).clamp(min=1) * prediction.normalizer)
-                    * num_parts,
-                    self.weights[name] * prediction.weight,
-                ))
+                out.append(
+                    (
+                        name + prediction.suffix,
+                        value
+                        / ((count * prediction.repeat).clamp(min=1) * prediction.normalizer)
+                        * num_parts,
+                        self.weights[name] * prediction.weight,
+                    )
+                )
         return out
 
-    def match(self, predictions: Sequence[Predictions], targets: Sequence[Target]
-              ) -> list[Matches]:
+    def match(self, predictions: Sequence[Predictions], targets: Sequence[Target]) -> list[Matches]:
         """The assignment of every set, in order."""
         unmatched = [p for p in predictions if p.matches is None]
-        found = iter(self.matcher([
-            (at_least_float32(p.logits.detach()), p.boxes.detach(), _targets_of(p, targets))
-            for p in unmatched
-        ], [f"loss_*{p.suffix}" for p in unmatched]))
+        found = iter(
+            self.matcher(
+                [
+                    (at_least_float32(p.logits.detach()), p.boxes.detach(), _targets_of(p, targets))
+                    for p in unmatched
+                ],
+                [f"loss_*{p.suffix}" for p in unmatched],
+            )
+        )
         return [next(found) if p.matches is None else p.matches for p in predictions]
 
-    def _set_losses(self, prediction: Predictions, match: Matches, labels: Tensor,
-                    boxes: Tensor) -> dict[str, Tensor]:
+    def _set_losses(
+        self, prediction: Predictions, match: Matches, labels: Tensor, boxes: Tensor
+    ) -> dict[str, Tensor]:
         logits = at_least_float32(prediction.logits)
         wanted = torch.zeros_like(logits)  # (B, Q, num_classes), one-hot where matched
         wanted[match.batch, match.query, labels[match.target]] = 1.0
@@ -157,8 +171,7 @@ def _targets_of(prediction: Predictions, targets: Sequence[Target]) -> list[Targ
         seen = [replace(t, labels=torch.zeros_like(t.labels)) for t in seen]
     if prediction.repeat > 1:
         seen = [
-            replace(t, labels=t.labels.repeat(prediction.repeat),
-                    boxes=t.boxes.repeat(prediction.repeat, 1))
+            replace(t, labels=t.labels.repeat(prediction.repeat), boxes=t.boxes.repeat(prediction.repeat, 1))
             for t in seen
         ]
     return seen

@@ -41,12 +41,17 @@ class DecoderOutput:
 class DeformableDecoderLayer(TransformerLayer):
     """Self-attention, deformable cross-attention and FFN, each with residual and LayerNorm."""
 
-    def __init__(self, *, cross_attention: nn.Module, embed_dim: int = 256, num_heads: int = 8,
-                 ffn_dim: int = 1024, dropout: float = 0.1):
+    def __init__(
+        self,
+        *,
+        cross_attention: nn.Module,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        ffn_dim: int = 1024,
+        dropout: float = 0.1,
+    ):
         super().__init__()
-        self.self_attention = nn.MultiheadAttention(
-            embed_dim, num_heads, dropout=dropout, batch_first=True
-        )
+        self.self_attention = nn.MultiheadAttention(embed_dim, num_heads, dropout=dropout, batch_first=True)
         self.self_norm = nn.LayerNorm(embed_dim)
         self.cross_attention = cross_attention
         self.cross_norm = nn.LayerNorm(embed_dim)
@@ -57,9 +62,16 @@ class DeformableDecoderLayer(TransformerLayer):
         nn.init.zeros_(self.self_attention.in_proj_bias)
         nn.init.zeros_(self.self_attention.out_proj.bias)
 
-    def forward(self, x: Tensor, position: Tensor, reference: Tensor, memory: Tensor,
-                tokens: Tokens, attn_mask: Tensor | None, record: bool
-                ) -> tuple[Tensor, Samples | None]:
+    def forward(
+        self,
+        x: Tensor,
+        position: Tensor,
+        reference: Tensor,
+        memory: Tensor,
+        tokens: Tokens,
+        attn_mask: Tensor | None,
+        record: bool,
+    ) -> tuple[Tensor, Samples | None]:
         """One layer.
 
         Args:
@@ -92,9 +104,18 @@ class DeformableDecoder(nn.Module):
         eps: see ``inverse_sigmoid``; 1e-5 in Deformable DETR, 1e-3 in DINO.
     """
 
-    def __init__(self, *, layer: DeformableDecoderLayer, num_layers: int = 6, embed_dim: int = 256,
-                 refine: bool = True, look_forward_twice: bool = False, norm: bool = False,
-                 position_from_reference: bool = False, eps: float = 1e-5):
+    def __init__(
+        self,
+        *,
+        layer: DeformableDecoderLayer,
+        num_layers: int = 6,
+        embed_dim: int = 256,
+        refine: bool = True,
+        look_forward_twice: bool = False,
+        norm: bool = False,
+        position_from_reference: bool = False,
+        eps: float = 1e-5,
+    ):
         super().__init__()
         if look_forward_twice and not refine:
             raise ValueError("DeformableDecoder: look_forward_twice=True needs refine=True")
@@ -110,8 +131,9 @@ class DeformableDecoder(nn.Module):
             else None
         )
 
-    def forward(self, queries: Queries, memory: Tensor, tokens: Tokens, heads: DetectionHeads,
-                record: bool = False) -> DecoderOutput:
+    def forward(
+        self, queries: Queries, memory: Tensor, tokens: Tokens, heads: DetectionHeads, record: bool = False
+    ) -> DecoderOutput:
         """Decode ``queries`` (B, Q, C) against ``memory`` (B, N, C).
 
         In training every layer predicts; in eval mode only the last one does. ``record`` keeps

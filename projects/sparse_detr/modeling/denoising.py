@@ -51,14 +51,20 @@ class ContrastiveDenoising(nn.Module):
             outright, and keeps one label row more than there are classes (never drawn).
     """
 
-    def __init__(self, *, embed_dim: int = 256, num_classes: int, num_queries: int = 100,
-                 label_noise_ratio: float = 0.5, box_noise_scale: float = 1.0, eps: float = 1e-3,
-                 flavour: str = "detrex"):
+    def __init__(
+        self,
+        *,
+        embed_dim: int = 256,
+        num_classes: int,
+        num_queries: int = 100,
+        label_noise_ratio: float = 0.5,
+        box_noise_scale: float = 1.0,
+        eps: float = 1e-3,
+        flavour: str = "detrex",
+    ):
         super().__init__()
         if flavour not in FLAVOURS:
-            raise ValueError(
-                f"ContrastiveDenoising: flavour={flavour!r} is not one of {', '.join(FLAVOURS)}"
-            )
+            raise ValueError(f"ContrastiveDenoising: flavour={flavour!r} is not one of {', '.join(FLAVOURS)}")
         self.num_classes = num_classes
         self.num_queries = num_queries
         self.label_noise_ratio = label_noise_ratio
@@ -127,9 +133,9 @@ class ContrastiveDenoising(nn.Module):
         logits = logits.new_zeros(len(targets), size, 4).index_put((image, query), logits)
 
         objects = torch.arange(len(labels), device=device).repeat(2 * num_groups)
-        matches = Matches(*(
-            x.view(num_groups, 2, len(labels))[:, 0].flatten() for x in (image, query, objects)
-        ))
+        matches = Matches(
+            *(x.view(num_groups, 2, len(labels))[:, 0].flatten() for x in (image, query, objects))
+        )
         group = QueryGroup(size, "_dn", matches=matches, normalizer=max(num_groups, 1))
         return Queries(
             content=torch.cat([content, queries.content], dim=1),

@@ -57,8 +57,9 @@ class Encoder(nn.Module):
     def forward(self, tokens: Tokens, proposal_head: ProposalHead | None) -> EncoderOutput:
         raise NotImplementedError
 
-    def losses(self, encoded: EncoderOutput, decoded: DecoderOutput, tokens: Tokens,
-               targets: list) -> dict[str, Tensor]:
+    def losses(
+        self, encoded: EncoderOutput, decoded: DecoderOutput, tokens: Tokens, targets: list
+    ) -> dict[str, Tensor]:
         """The strategy's own losses, already weighted."""
         return {}
 
@@ -70,22 +71,37 @@ class Encoder(nn.Module):
 class DeformableEncoderLayer(TransformerLayer):
     """LayerNorm(x + attention), then LayerNorm(x + FFN): post-norm, Deformable DETR, Fig. 4."""
 
-    def __init__(self, *, attention: nn.Module, embed_dim: int = 256, ffn_dim: int = 1024,
-                 dropout: float = 0.1):
+    def __init__(
+        self, *, attention: nn.Module, embed_dim: int = 256, ffn_dim: int = 1024, dropout: float = 0.1
+    ):
         super().__init__()
         self.attention = attention
         self.norm = nn.LayerNorm(embed_dim)
         self.dropout = nn.Dropout(dropout)
         self.ffn = FFN(embed_dim=embed_dim, ffn_dim=ffn_dim, dropout=dropout)
 
-    def attend(self, x: Tensor, position: Tensor, reference: Tensor, value: Tensor,
-               shapes: LevelShapes, mask: Tensor | None) -> Tensor:
+    def attend(
+        self,
+        x: Tensor,
+        position: Tensor,
+        reference: Tensor,
+        value: Tensor,
+        shapes: LevelShapes,
+        mask: Tensor | None,
+    ) -> Tensor:
         """The first half of the layer."""
         attended, _ = self.attention(x + position, reference, value, shapes, mask)
         return self.norm(x + self.dropout(attended))
 
-    def forward(self, x: Tensor, position: Tensor, reference: Tensor, value: Tensor,
-                shapes: LevelShapes, mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        position: Tensor,
+        reference: Tensor,
+        value: Tensor,
+        shapes: LevelShapes,
+        mask: Tensor | None,
+    ) -> Tensor:
         """Refresh ``x`` from ``value``.
 
         Args:
@@ -114,6 +130,7 @@ class DenseEncoder(Encoder):
     def forward(self, tokens: Tokens, proposal_head: ProposalHead | None = None) -> EncoderOutput:
         memory = tokens.features
         for layer in self.layers:
-            memory = layer(memory, tokens.position, tokens.reference_points, memory,
-                           tokens.shapes, tokens.value_mask)
+            memory = layer(
+                memory, tokens.position, tokens.reference_points, memory, tokens.shapes, tokens.value_mask
+            )
         return EncoderOutput(memory=memory)

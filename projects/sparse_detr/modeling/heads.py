@@ -61,8 +61,15 @@ class DetectionHeads(nn.Module):
             models, 0 where queries start from proposals.
     """
 
-    def __init__(self, *, embed_dim: int = 256, num_classes: int, num_layers: int = 6,
-                 share: bool = False, size_logit: float = 0.0):
+    def __init__(
+        self,
+        *,
+        embed_dim: int = 256,
+        num_classes: int,
+        num_layers: int = 6,
+        share: bool = False,
+        size_logit: float = 0.0,
+    ):
         super().__init__()
         self.num_layers = num_layers
         self.num_classes = num_classes
@@ -71,8 +78,7 @@ class DetectionHeads(nn.Module):
             ClassHead(embed_dim=embed_dim, num_classes=num_classes) for _ in range(count)
         )
         self.box_heads = nn.ModuleList(
-            BoxHead(embed_dim=embed_dim, size_logit=size_logit if i == 0 else 0.0)
-            for i in range(count)
+            BoxHead(embed_dim=embed_dim, size_logit=size_logit if i == 0 else 0.0) for i in range(count)
         )
         self.init_weights()
 

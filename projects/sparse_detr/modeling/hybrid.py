@@ -28,9 +28,16 @@ class HybridQueries(ProposalQueries):
         skip_invalid: see ``QuerySelection``.
     """
 
-    def __init__(self, *, embed_dim: int = 256, num_queries: int = 300,
-                 num_one_to_many: int = 1500, repeat: int = 6, weight: float = 1.0,
-                 skip_invalid: bool = False):
+    def __init__(
+        self,
+        *,
+        embed_dim: int = 256,
+        num_queries: int = 300,
+        num_one_to_many: int = 1500,
+        repeat: int = 6,
+        weight: float = 1.0,
+        skip_invalid: bool = False,
+    ):
         super().__init__(embed_dim=embed_dim, num_queries=num_queries, skip_invalid=skip_invalid)
         self.num_one_to_many = num_one_to_many
         self.repeat = repeat
@@ -45,8 +52,7 @@ class HybridQueries(ProposalQueries):
         """Both groups in training, the first one in inference."""
         return self.num_queries + (self.num_one_to_many if self.training else 0)
 
-    def forward(self, memory: Tensor, tokens: Tokens,
-                head: ProposalHead) -> tuple[Queries, Proposals]:
+    def forward(self, memory: Tensor, tokens: Tokens, head: ProposalHead) -> tuple[Queries, Proposals]:
         queries, proposals = super().forward(memory, tokens, head)
         batch, total, _ = queries.content.shape
         queries.content = self.content.weight[:total].expand(batch, -1, -1)  # (B, Q, C)

@@ -144,12 +144,12 @@ class TokenScorer(nn.Module):
         super().__init__()
         if embed_dim % 4:
             raise ValueError(f"TokenScorer: embed_dim={embed_dim} must be a multiple of 4")
-        self.layer1 = nn.Sequential(
-            nn.LayerNorm(embed_dim), nn.Linear(embed_dim, embed_dim), nn.GELU()
-        )
+        self.layer1 = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, embed_dim), nn.GELU())
         self.layer2 = nn.Sequential(
-            nn.Linear(embed_dim, embed_dim // 2), nn.GELU(),
-            nn.Linear(embed_dim // 2, embed_dim // 4), nn.GELU(),
+            nn.Linear(embed_dim, embed_dim // 2),
+            nn.GELU(),
+            nn.Linear(embed_dim // 2, embed_dim // 4),
+            nn.GELU(),
             nn.Linear(embed_dim // 4, 1),
         )
 
@@ -178,8 +178,7 @@ class ChannelMapper(nn.Module):
     before.
     """
 
-    def __init__(self, *, in_channels: Sequence[int], embed_dim: int, num_levels: int,
-                 num_groups: int = 32):
+    def __init__(self, *, in_channels: Sequence[int], embed_dim: int, num_levels: int, num_groups: int = 32):
         super().__init__()
         if num_levels < len(in_channels):
             raise ValueError(

@@ -51,8 +51,16 @@ class HungarianMatcher(nn.Module):
         giou_eps: added to GIoU's denominators; 0 in Deformable DETR, 1e-6 in DINO.
     """
 
-    def __init__(self, *, cost_class: float = 2.0, cost_bbox: float = 5.0, cost_giou: float = 2.0,
-                 alpha: float = 0.25, gamma: float = 2.0, giou_eps: float = 0.0):
+    def __init__(
+        self,
+        *,
+        cost_class: float = 2.0,
+        cost_bbox: float = 5.0,
+        cost_giou: float = 2.0,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        giou_eps: float = 0.0,
+    ):
         super().__init__()
         self.cost_class = cost_class
         self.cost_bbox = cost_bbox
@@ -68,9 +76,7 @@ class HungarianMatcher(nn.Module):
         for image, target in enumerate(targets):
             wanted = target.boxes.to(boxes.dtype)  # (G, 4)
             distance = torch.cdist(boxes[image], wanted, p=1)
-            overlap = pairwise_giou(
-                cxcywh_to_xyxy(boxes[image]), cxcywh_to_xyxy(wanted), self.giou_eps
-            )
+            overlap = pairwise_giou(cxcywh_to_xyxy(boxes[image]), cxcywh_to_xyxy(wanted), self.giou_eps)
             costs.append(
                 self.cost_class * self._focal(logits[image][:, target.labels])
                 + self.cost_bbox * distance
@@ -86,8 +92,9 @@ class HungarianMatcher(nn.Module):
         return positive - negative
 
     @torch.no_grad()
-    def forward(self, predictions: Sequence[tuple[Tensor, Tensor, Sequence[Target]]],
-                names: Sequence[str]) -> list[Matches]:
+    def forward(
+        self, predictions: Sequence[tuple[Tensor, Tensor, Sequence[Target]]], names: Sequence[str]
+    ) -> list[Matches]:
         """Match several prediction sets with one copy from the device.
 
         Args:
@@ -119,7 +126,5 @@ class HungarianMatcher(nn.Module):
                 target.append(torch.from_numpy(columns) + offset)
                 offset += matrix.shape[1]
             device = predictions[number][0].device
-            matches.append(
-                Matches(*(torch.cat(part).long().to(device) for part in (batch, query, target)))
-            )
+            matches.append(Matches(*(torch.cat(part).long().to(device) for part in (batch, query, target))))
         return matches

@@ -35,11 +35,20 @@ class SetDetector(nn.Module):
     default_config = ""  # shipped config behind the yacs name, see ``from_config``
 
     @configurable
-    def __init__(self, *, backbone: nn.Module, in_features: Sequence[str], neck: ChannelMapper,
-                 transformer: DetectionTransformer, criterion: SetCriterion, num_classes: int,
-                 pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
-                 pixel_std: Sequence[float] = (58.395, 57.12, 57.375), input_format: str = "RGB",
-                 max_detections: int = 100):
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        in_features: Sequence[str],
+        neck: ChannelMapper,
+        transformer: DetectionTransformer,
+        criterion: SetCriterion,
+        num_classes: int,
+        pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
+        pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
+        input_format: str = "RGB",
+        max_detections: int = 100,
+    ):
         super().__init__()
         if transformer.heads.num_classes != num_classes:
             raise ValueError(
@@ -90,9 +99,11 @@ class SetDetector(nn.Module):
         output = self.detect(images)
         results = detections(output.logits, output.boxes, images.image_sizes, self.max_detections)
         return [
-            {"instances": detector_postprocess(
-                result, entry.get("height", size[0]), entry.get("width", size[1])
-            )}
+            {
+                "instances": detector_postprocess(
+                    result, entry.get("height", size[0]), entry.get("width", size[1])
+                )
+            }
             for result, entry, size in zip(results, batched_inputs, images.image_sizes)
         ]
 
@@ -116,12 +127,20 @@ class SetDetector(nn.Module):
             # backward pass of torch 2.15 crashes on the CPU for images one pixel wide.
             image = image.contiguous(memory_format=torch.channels_last)
         features = self.backbone(image)
-        return self.decode([features[name] for name in self.in_features], images.image_sizes,
-                           tuple(images.tensor.shape[-2:]), targets)
+        return self.decode(
+            [features[name] for name in self.in_features],
+            images.image_sizes,
+            tuple(images.tensor.shape[-2:]),
+            targets,
+        )
 
-    def decode(self, features: Sequence[Tensor], image_sizes: Sequence[tuple[int, int]],
-               padded_size: tuple[int, int], targets: list[Target] | None = None
-               ) -> TransformerOutput:
+    def decode(
+        self,
+        features: Sequence[Tensor],
+        image_sizes: Sequence[tuple[int, int]],
+        padded_size: tuple[int, int],
+        targets: list[Target] | None = None,
+    ) -> TransformerOutput:
         """``detect`` from the backbone's maps (B, C_i, H_i, W_i) on."""
         maps = self.neck(features)
         has_padding = any(tuple(size) != tuple(padded_size) for size in image_sizes)
@@ -149,9 +168,7 @@ class SetDetector(nn.Module):
             height, width = instances.image_size
             boxes = instances.gt_boxes.tensor.to(self.pixel_mean.dtype)
             boxes = boxes / tensor_like([width, height, width, height], boxes)
-            targets.append(
-                Target(instances.gt_classes, xyxy_to_cxcywh(boxes), (height, width))
-            )
+            targets.append(Target(instances.gt_classes, xyxy_to_cxcywh(boxes), (height, width)))
         return targets
 
     def _check_classes(self, entry: dict) -> None:

@@ -27,8 +27,7 @@ def top_detections(logits: Tensor, boxes: Tensor, k: int) -> tuple[Tensor, Tenso
     return scores, index % num_classes, boxes
 
 
-def detections(logits: Tensor, boxes: Tensor, sizes: list[tuple[int, int]],
-               k: int) -> list[Instances]:
+def detections(logits: Tensor, boxes: Tensor, sizes: list[tuple[int, int]], k: int) -> list[Instances]:
     """``top_detections`` as detectron2 Instances in pixels of the network input.
 
     Args:

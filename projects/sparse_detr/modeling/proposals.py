@@ -76,8 +76,7 @@ def proposal_logits(tokens: Tokens) -> tuple[Tensor, Tensor]:
         (B, N, 4) cxcywh in logit space, +inf on padding and where a coordinate leaves
         (0.01, 0.99); and (B, N) bool, True at those tokens.
     """
-    masks = [m.unflatten(1, shape) for m, shape in zip(tokens.split_levels(tokens.mask),
-                                                        tokens.shapes)]
+    masks = [m.unflatten(1, shape) for m, shape in zip(tokens.split_levels(tokens.mask), tokens.shapes)]
     sizes = valid_sizes(masks).to(tokens.reference_points.dtype)  # (B, L, 2)
     boxes = []
     for level, centres in enumerate(cell_centres(tokens.shapes, sizes)):
@@ -164,8 +163,9 @@ class LearnedQueries(QuerySelection):
         nn.init.xavier_uniform_(self.reference_points.weight)
         nn.init.zeros_(self.reference_points.bias)
 
-    def forward(self, memory: Tensor, tokens: Tokens,
-                head: ProposalHead | None = None) -> tuple[Queries, None]:
+    def forward(
+        self, memory: Tensor, tokens: Tokens, head: ProposalHead | None = None
+    ) -> tuple[Queries, None]:
         batch = memory.shape[0]
         position = self.position.weight.expand(batch, -1, -1)  # (B, Q, C)
         content = self.content.weight.expand(batch, -1, -1)  # (B, Q, C)
@@ -180,8 +180,14 @@ class ProposalQueries(QuerySelection):
     themselves, with gradient (Efficient DETR's initialisation, Sparse DETR, App. A.3 "top-k").
     """
 
-    def __init__(self, *, embed_dim: int = 256, num_queries: int = 300,
-                 content_from_memory: bool = False, skip_invalid: bool = False):
+    def __init__(
+        self,
+        *,
+        embed_dim: int = 256,
+        num_queries: int = 300,
+        content_from_memory: bool = False,
+        skip_invalid: bool = False,
+    ):
         super().__init__(num_queries=num_queries, skip_invalid=skip_invalid)
         if embed_dim % 4:
             raise ValueError(f"ProposalQueries: embed_dim={embed_dim} must be a multiple of 4")
@@ -191,8 +197,7 @@ class ProposalQueries(QuerySelection):
         self.position_proj = nn.Linear(2 * embed_dim, outputs)
         self.position_norm = nn.LayerNorm(outputs)
 
-    def forward(self, memory: Tensor, tokens: Tokens,
-                head: ProposalHead) -> tuple[Queries, Proposals]:
+    def forward(self, memory: Tensor, tokens: Tokens, head: ProposalHead) -> tuple[Queries, Proposals]:
         proposals, invalid = proposal_logits(tokens)
         projected = head.project(memory, invalid)
         logits = head.class_head(projected)  # (B, N, num_classes)
@@ -217,13 +222,18 @@ class MixedQueries(QuerySelection):
         learned_content: False takes the chosen projected tokens, detached, as contents instead.
     """
 
-    def __init__(self, *, embed_dim: int = 256, num_queries: int = 900,
-                 learned_content: bool = True, skip_invalid: bool = False):
+    def __init__(
+        self,
+        *,
+        embed_dim: int = 256,
+        num_queries: int = 900,
+        learned_content: bool = True,
+        skip_invalid: bool = False,
+    ):
         super().__init__(num_queries=num_queries, skip_invalid=skip_invalid)
         self.content = nn.Embedding(num_queries, embed_dim) if learned_content else None
 
-    def forward(self, memory: Tensor, tokens: Tokens,
-                head: ProposalHead) -> tuple[Queries, Proposals]:
+    def forward(self, memory: Tensor, tokens: Tokens, head: ProposalHead) -> tuple[Queries, Proposals]:
         proposals, invalid = proposal_logits(tokens)
         projected = head.project(memory, invalid)
         scores = head.score(head.class_head(projected))

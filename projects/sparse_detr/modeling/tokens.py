@@ -170,8 +170,9 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     return x[batch, index]
 
 
-def scatter_tokens(x: Tensor, index: Tensor, update: Tensor, keep: Tensor | None = None,
-                   in_place: bool = False) -> Tensor:
+def scatter_tokens(
+    x: Tensor, index: Tensor, update: Tensor, keep: Tensor | None = None, in_place: bool = False
+) -> Tensor:
     """A copy of ``x`` (B, N, C) with ``update`` (B, K, C) written at ``index`` (B, K).
 
     Args:

@@ -54,18 +54,27 @@ class DetectionTransformer(nn.Module):
             computed again in the backward pass: less memory, about a third more time.
     """
 
-    def __init__(self, *, encoder: Encoder, decoder: DeformableDecoder, heads: DetectionHeads,
-                 query_selection: QuerySelection, proposal_head: ProposalHead | None = None,
-                 share_proposal_heads: bool = False, position: SinePosition,
-                 denoising: nn.Module | None = None, activation_checkpointing: bool = False,
-                 embed_dim: int = 256, num_levels: int = 4):
+    def __init__(
+        self,
+        *,
+        encoder: Encoder,
+        decoder: DeformableDecoder,
+        heads: DetectionHeads,
+        query_selection: QuerySelection,
+        proposal_head: ProposalHead | None = None,
+        share_proposal_heads: bool = False,
+        position: SinePosition,
+        denoising: nn.Module | None = None,
+        activation_checkpointing: bool = False,
+        embed_dim: int = 256,
+        num_levels: int = 4,
+    ):
         super().__init__()
         if proposal_head is None:
             for part in (query_selection, encoder):
                 if getattr(part, "two_stage", False) or getattr(part, "needs_proposal_head", False):
                     raise ValueError(
-                        f"{type(part).__name__} needs a two-stage head: "
-                        "set model.transformer.proposal_head"
+                        f"{type(part).__name__} needs a two-stage head: set model.transformer.proposal_head"
                     )
         if share_proposal_heads and proposal_head is None:
             raise ValueError(
@@ -104,8 +113,13 @@ class DetectionTransformer(nn.Module):
             if module is not self and hasattr(module, "init_weights"):
                 module.init_weights()
 
-    def forward(self, maps: Sequence[Tensor], masks: Sequence[Tensor], has_padding: bool = True,
-                targets: Sequence[Target] | None = None) -> TransformerOutput:
+    def forward(
+        self,
+        maps: Sequence[Tensor],
+        masks: Sequence[Tensor],
+        has_padding: bool = True,
+        targets: Sequence[Target] | None = None,
+    ) -> TransformerOutput:
         """Detect objects in projected feature maps.
 
         Args:
@@ -122,33 +136,42 @@ class DetectionTransformer(nn.Module):
             assert targets is not None, "training with denoising needs targets"
             queries = self.denoising(queries, targets)
         decoded = self.decoder(
-            queries, encoded.memory, tokens, self.heads,
+            queries,
+            encoded.memory,
+            tokens,
+            self.heads,
             record=self.training and self.encoder.needs_decoder_samples,
         )
         detected = _slices(queries.groups)[[g.suffix for g in queries.groups].index("")]
         decoded.samples = [Samples(*(x[:, detected] for x in s)) for s in decoded.samples]
         return TransformerOutput(
-            logits=decoded.logits[-1][:, detected], boxes=decoded.boxes[-1][:, detected],
-            tokens=tokens, encoded=encoded, proposals=proposals, decoded=decoded,
+            logits=decoded.logits[-1][:, detected],
+            boxes=decoded.boxes[-1][:, detected],
+            tokens=tokens,
+            encoded=encoded,
+            proposals=proposals,
+            decoded=decoded,
             groups=queries.groups,
         )
 
-    def tokenize(self, maps: Sequence[Tensor], masks: Sequence[Tensor],
-                 has_padding: bool = True) -> Tokens:
+    def tokenize(self, maps: Sequence[Tensor], masks: Sequence[Tensor], has_padding: bool = True) -> Tokens:
         """Flatten maps (B, C, H_l, W_l) and masks (B, H_l, W_l), finest level first."""
         counts = _valid_counts(masks, has_padding)
         masks = [m.to(maps[0].device, non_blocking=True) for m in masks]
         shapes = tuple(tuple(m.shape[-2:]) for m in maps)
         features = flatten_levels(maps)
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-        position = torch.cat(
-            [self.position(m, dtype) + e for m, e in zip(masks, self.level_embed)], dim=1
-        )
+        position = torch.cat([self.position(m, dtype) + e for m, e in zip(masks, self.level_embed)], dim=1)
         valid_ratios = valid_sizes(masks).to(dtype)  # (B, L, 2), in cells
         valid_ratios = valid_ratios / level_sizes(shapes, valid_ratios)
         return Tokens(
-            features=features, position=position, mask=flatten_levels(masks), shapes=shapes,
-            valid_ratios=valid_ratios, has_padding=has_padding, counts=counts,
+            features=features,
+            position=position,
+            mask=flatten_levels(masks),
+            shapes=shapes,
+            valid_ratios=valid_ratios,
+            has_padding=has_padding,
+            counts=counts,
             reference_points=encoder_reference_points(shapes, valid_ratios),
         )
 
@@ -158,17 +181,26 @@ class DetectionTransformer(nn.Module):
         last = len(output.decoded.logits) - 1
         for group, part in zip(output.groups, _slices(output.groups)):
             for layer in [last, *range(last)]:
-                sets.append(Predictions(
-                    output.decoded.logits[layer][:, part], output.decoded.boxes[layer][:, part],
-                    suffix=group.suffix + ("" if layer == last else f"_{layer}"),
-                    repeat=group.repeat, matches=group.matches, normalizer=group.normalizer,
-                    weight=group.weight,
-                ))
+                sets.append(
+                    Predictions(
+                        output.decoded.logits[layer][:, part],
+                        output.decoded.boxes[layer][:, part],
+                        suffix=group.suffix + ("" if layer == last else f"_{layer}"),
+                        repeat=group.repeat,
+                        matches=group.matches,
+                        normalizer=group.normalizer,
+                        weight=group.weight,
+                    )
+                )
         if output.proposals is not None:
-            sets.append(Predictions(
-                output.proposals.logits, output.proposals.boxes, suffix="_enc",
-                class_agnostic=self.proposal_head.class_agnostic,
-            ))
+            sets.append(
+                Predictions(
+                    output.proposals.logits,
+                    output.proposals.boxes,
+                    suffix="_enc",
+                    class_agnostic=self.proposal_head.class_agnostic,
+                )
+            )
         for suffix, (logits, boxes) in output.encoded.predictions.items():
             sets.append(Predictions(logits, boxes, suffix=suffix))
         return sets

@@ -31,11 +31,26 @@ def build(folder: Path) -> tuple[ctypes.CDLL, ctypes.CDLL]:
     def compile(source: Path, arch: int) -> Path:
         target = folder / f"{source.stem}_{arch}.o"
         subprocess.run(
-            [compiler, "-std=c++17", "-O0", "-fPIC", "-ffp-contract=off", "-w",
-             f"-DEMULATED_ARCH={arch}", f"-I{HERE}", f"-I{CSRC}", f"-I{include}",
-             "-x", "c++", "-c", source, "-o", target],
+            [
+                compiler,
+                "-std=c++17",
+                "-O0",
+                "-fPIC",
+                "-ffp-contract=off",
+                "-w",
+                f"-DEMULATED_ARCH={arch}",
+                f"-I{HERE}",
+                f"-I{CSRC}",
+                f"-I{include}",
+                "-x",
+                "c++",
+                "-c",
+                source,
+                "-o",
+                target,
+            ],
             check=True,
-        )  # fmt: skip
+        )
         return target
 
     def link(objects: list[Path], name: str) -> ctypes.CDLL:
@@ -55,21 +70,21 @@ def build(folder: Path) -> tuple[ctypes.CDLL, ctypes.CDLL]:
 
 
 class _Sizes(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_int64) for n in ("images", "queries", "heads", "channels", "points",
-                                              "levels")]  # fmt: skip
-    _fields_ += [("shapes", ctypes.POINTER(ctypes.c_int64)), ("tiled_from", ctypes.c_int),
-                 ("aggregate", ctypes.c_int)]  # fmt: skip
+    _fields_ = [(n, ctypes.c_int64) for n in ("images", "queries", "heads", "channels", "points", "levels")]
+    _fields_ += [
+        ("shapes", ctypes.POINTER(ctypes.c_int64)),
+        ("tiled_from", ctypes.c_int),
+        ("aggregate", ctypes.c_int),
+    ]
 
 
 class _Samples(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_void_p) for n in ("locations", "weights", "reference", "offsets",
-                                               "logits")]  # fmt: skip
+    _fields_ = [(n, ctypes.c_void_p) for n in ("locations", "weights", "reference", "offsets", "logits")]
     _fields_ += [("boxes", ctypes.c_bool), ("dtype", ctypes.c_int)]
 
 
 class _SampleGradients(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_void_p) for n in ("locations", "weights", "offsets", "logits",
-                                               "pixels")]  # fmt: skip
+    _fields_ = [(n, ctypes.c_void_p) for n in ("locations", "weights", "offsets", "logits", "pixels")]
 
 
 class _GradientMap(ctypes.Structure):
@@ -95,14 +110,24 @@ class CudaOnCpu:
         samples = call.given(locations, weights)
         return call.forward(samples)
 
-    def ms_deform_attn_fused(self, value, shapes, reference, offsets, logits, tiled_from=-1,
-                             descending=False):  # fmt: skip
+    def ms_deform_attn_fused(
+        self, value, shapes, reference, offsets, logits, tiled_from=-1, descending=False
+    ):
         call = _Call(self, value, shapes, offsets, tiled_from, descending)
         return call.forward(call.fused(reference, offsets, logits))
 
-    def ms_deform_attn_backward(self, grad_output, value, shapes, locations, weights, tiled_from=-1,
-                                descending=False, deterministic=False,
-                                aggregate=False):  # fmt: skip
+    def ms_deform_attn_backward(
+        self,
+        grad_output,
+        value,
+        shapes,
+        locations,
+        weights,
+        tiled_from=-1,
+        descending=False,
+        deterministic=False,
+        aggregate=False,
+    ):
         call = _Call(self, value, shapes, locations, tiled_from, descending, aggregate)
         found = _SampleGradients()
         grad_locations, found.locations = call.output(locations)
@@ -113,9 +138,19 @@ class CudaOnCpu:
         )
         return grad_value, grad_locations.get(), grad_weights.get()
 
-    def ms_deform_attn_fused_backward(self, grad_output, value, shapes, reference, offsets,
-                                      logits, tiled_from=-1, descending=False,
-                                      deterministic=False, aggregate=False):  # fmt: skip
+    def ms_deform_attn_fused_backward(
+        self,
+        grad_output,
+        value,
+        shapes,
+        reference,
+        offsets,
+        logits,
+        tiled_from=-1,
+        descending=False,
+        deterministic=False,
+        aggregate=False,
+    ):
         call = _Call(self, value, shapes, offsets, tiled_from, descending, aggregate)
         found = _SampleGradients()
         grad_offsets, found.offsets = call.output(offsets)
@@ -124,36 +159,58 @@ class CudaOnCpu:
         grad_reference, pointer = call.output(reference)
         bound = grad_output.abs().max().to(reference.dtype)
         samples = call.fused(reference, offsets, logits)
-        grad_value, _ = call.backward(
-            grad_output, samples, found, bound if deterministic else None, pointer
-        )
+        grad_value, _ = call.backward(grad_output, samples, found, bound if deterministic else None, pointer)
         return grad_value, grad_reference.get(), grad_offsets.get(), grad_logits.get()
 
-    def key_aware_deform_attn(self, query, key, value, shapes, locations, tiled_from=-1,
-                              descending=False):  # fmt: skip
+    def key_aware_deform_attn(self, query, key, value, shapes, locations, tiled_from=-1, descending=False):
         call = _Call(self, value, shapes, locations, tiled_from, descending)
         B, Q, M, D = query.shape
         output, output_pointer = call.output(query.reshape(B, Q, M * D))
         lse, lse_pointer = call.output(torch.empty(B, Q, M, dtype=locations.dtype))
         call.run(
-            "run_key_aware_forward", call.input(query), call.input(key), call.input(value),
-            call.input(locations), output_pointer, lse_pointer,
-        )  # fmt: skip
+            "run_key_aware_forward",
+            call.input(query),
+            call.input(key),
+            call.input(value),
+            call.input(locations),
+            output_pointer,
+            lse_pointer,
+        )
         return output.get(), lse.get()
 
-    def key_aware_deform_attn_backward(self, grad_output, output, lse, query, key, value,
-                                       shapes, locations, tiled_from=-1, descending=False,
-                                       bound=None):  # fmt: skip
+    def key_aware_deform_attn_backward(
+        self,
+        grad_output,
+        output,
+        lse,
+        query,
+        key,
+        value,
+        shapes,
+        locations,
+        tiled_from=-1,
+        descending=False,
+        bound=None,
+    ):
         call = _Call(self, value, shapes, locations, tiled_from, descending)
         grad_query, query_pointer = call.output(query.to(lse.dtype))
         grad_locations, locations_pointer = call.output(locations)
         key_map, key_sum = call.map(value if key is not None else None, bound)
         value_map, value_sum = call.map(value, bound)
         call.run(
-            "run_key_aware_backward", call.input(grad_output), call.input(output), call.input(lse),
-            call.input(query), call.input(key), call.input(value), call.input(locations),
-            query_pointer, ctypes.byref(key_map), ctypes.byref(value_map), locations_pointer,
-        )  # fmt: skip
+            "run_key_aware_backward",
+            call.input(grad_output),
+            call.input(output),
+            call.input(lse),
+            call.input(query),
+            call.input(key),
+            call.input(value),
+            call.input(locations),
+            query_pointer,
+            ctypes.byref(key_map),
+            ctypes.byref(value_map),
+            locations_pointer,
+        )
         grad_key = None if key is None else call.finish(key_sum, bound)
         return grad_query.get(), grad_key, call.finish(value_sum, bound), grad_locations.get()
 
@@ -166,9 +223,11 @@ class CudaOnCpu:
             call.run("run_splat", call.input(xy), call.input(share), fixed.pointer)
         result = torch.empty(B, tokens, dtype=locations[0].dtype)
         error = self.library.run_splat_to_float(
-            DTYPES.index(result.dtype), fixed.pointer, ctypes.c_int64(result.numel()),
+            DTYPES.index(result.dtype),
+            fixed.pointer,
+            ctypes.c_int64(result.numel()),
             ctypes.c_void_p(result.data_ptr()),
-        )  # fmt: skip
+        )
         assert error == 0
         fixed.get()
         return result
@@ -223,9 +282,12 @@ class _Call:
 
     def fused(self, reference, offsets, logits) -> _Samples:
         return _Samples(
-            reference=self.input(reference), offsets=self.input(offsets), logits=self.input(logits),
-            boxes=reference.shape[-1] == 4, dtype=DTYPES.index(offsets.dtype),
-        )  # fmt: skip
+            reference=self.input(reference),
+            offsets=self.input(offsets),
+            logits=self.input(logits),
+            boxes=reference.shape[-1] == 4,
+            dtype=DTYPES.index(offsets.dtype),
+        )
 
     def forward(self, samples: _Samples) -> Tensor:
         s = self.sizes
@@ -252,14 +314,20 @@ class _Call:
         if bound is None:
             return total.to(self.value.dtype)
         result, pointer = self.output(torch.empty(total.shape, dtype=self.value.dtype))
-        self.run("run_fixed_to_float", guarded.pointer, self.input(bound),
-                 ctypes.c_int64(total.numel()), pointer)  # fmt: skip
+        self.run(
+            "run_fixed_to_float", guarded.pointer, self.input(bound), ctypes.c_int64(total.numel()), pointer
+        )
         return result.get()
 
     def backward(self, grad_output, samples, found, bound=None, reference_pointer=None):
         gradient_map, total = self.map(self.value, bound)
         self.run(
-            "run_backward", self.input(grad_output), self.input(self.value), ctypes.byref(samples),
-            ctypes.byref(gradient_map), ctypes.byref(found), reference_pointer,
-        )  # fmt: skip
+            "run_backward",
+            self.input(grad_output),
+            self.input(self.value),
+            ctypes.byref(samples),
+            ctypes.byref(gradient_map),
+            ctypes.byref(found),
+            reference_pointer,
+        )
         return self.finish(total, bound), total

@@ -35,11 +35,21 @@
 using std::exp, std::floor, std::ilogb, std::isfinite, std::ldexp, std::log, std::max, std::min,
     std::sqrt;
 
-struct float2 { float x, y; };
-struct double2 { double x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct float2 {
+  float x, y;
+};
+struct double2 {
+  double x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
@@ -188,7 +198,9 @@ T __shfl_up_sync(unsigned, T x, unsigned step) {
 }
 
 template <typename T>
-T __ldg(const T* p) { return *emulator::aligned(p); }
+T __ldg(const T* p) {
+  return *emulator::aligned(p);
+}
 
 template <typename T>
 T atomicAdd(T* p, T x) {

@@ -38,8 +38,8 @@ int run_backward(const Sizes* s, int dtype, const void* grad_output, const void*
                  const Samples* samples, const GradientMap* grad_value,
                  const SampleGradients* gradients, void* grad_reference) {
   const Problem p = problem_of(*s);
-  const int error = backward(p, Dtype(dtype), grad_output, value, *samples, *grad_value, *gradients,
-                             nullptr);
+  const int error =
+      backward(p, Dtype(dtype), grad_output, value, *samples, *grad_value, *gradients, nullptr);
   if (error || !grad_reference) return error;
   return reference_gradient(p, Dtype(dtype), gradients->pixels, *samples, grad_reference, nullptr);
 }

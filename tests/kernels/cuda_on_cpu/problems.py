@@ -44,8 +44,7 @@ def fused(dtype, channels, boxes, queries=37, heads=3, points=4, shapes=SHAPES, 
         offset = offset * size
     logits = torch.randn(2, queries, heads, len(shapes) * points, dtype=torch.float64)
     offset_dtype = offset_dtype or accumulator(dtype)
-    return (value, shapes, reference.to(accumulator(dtype)), offset.to(offset_dtype),
-            logits.to(offset_dtype))  # fmt: skip
+    return (value, shapes, reference.to(accumulator(dtype)), offset.to(offset_dtype), logits.to(offset_dtype))
 
 
 def expected_gradients(function, inputs, grad_output):

@@ -46,8 +46,7 @@ def scoring_loss(scores: Tensor, target: Tensor, mask: Tensor | None = None) -> 
 
 
 @torch.no_grad()
-def correspondence(attention_map: Tensor, selected: Tensor, shapes: LevelShapes
-                   ) -> dict[str, Tensor]:
+def correspondence(attention_map: Tensor, selected: Tensor, shapes: LevelShapes) -> dict[str, Tensor]:
     """Share of the decoder's attention that falls on the selected tokens.
 
     Args:

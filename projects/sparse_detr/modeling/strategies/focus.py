@@ -43,18 +43,30 @@ if TYPE_CHECKING:
 class FocusEncoderLayer(DeformableEncoderLayer):
     """Self-attention among object tokens, then the deformable layer for all of its tokens."""
 
-    def __init__(self, *, attention: nn.Module, embed_dim: int = 256, num_heads: int = 8,
-                 ffn_dim: int = 2048, dropout: float = 0.0):
-        super().__init__(attention=attention, embed_dim=embed_dim, ffn_dim=ffn_dim,
-                         dropout=dropout)
-        self.object_attention = nn.MultiheadAttention(
-            embed_dim, num_heads, dropout=dropout, batch_first=True
-        )
+    def __init__(
+        self,
+        *,
+        attention: nn.Module,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        ffn_dim: int = 2048,
+        dropout: float = 0.0,
+    ):
+        super().__init__(attention=attention, embed_dim=embed_dim, ffn_dim=ffn_dim, dropout=dropout)
+        self.object_attention = nn.MultiheadAttention(embed_dim, num_heads, dropout=dropout, batch_first=True)
         self.object_norm = nn.LayerNorm(embed_dim)
 
-    def forward(self, x: Tensor, position: Tensor, reference: Tensor, value: Tensor,
-                shapes: LevelShapes, mask: Tensor | None, objects: Tensor,
-                object_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        position: Tensor,
+        reference: Tensor,
+        value: Tensor,
+        shapes: LevelShapes,
+        mask: Tensor | None,
+        objects: Tensor,
+        object_mask: Tensor | None = None,
+    ) -> Tensor:
         """Refresh ``x`` (B, K, C); arguments as in ``DeformableEncoderLayer``.
 
         Args:
@@ -100,14 +112,24 @@ class FocusEncoder(Encoder):
 
     needs_proposal_head = True
 
-    def __init__(self, *, layer: FocusEncoderLayer, num_layers: int = 6, embed_dim: int = 256,
-                 num_levels: int = 4, keep_ratio: float = 0.5,
-                 layer_ratios: Sequence[float] = (1.0, 0.8, 0.6, 0.6, 0.4, 0.2),
-                 num_objects: int = 300, strides: Sequence[int] = (8, 16, 32, 64),
-                 size_ranges: Sequence[Sequence[float]] = (
-                     (-1, 64), (64, 128), (128, 256), (256, 999999)),
-                 loss_weight: float = 1.5, distance: str = "side", probabilities: bool = False,
-                 running_value: bool = False, mask_padding: bool = False):
+    def __init__(
+        self,
+        *,
+        layer: FocusEncoderLayer,
+        num_layers: int = 6,
+        embed_dim: int = 256,
+        num_levels: int = 4,
+        keep_ratio: float = 0.5,
+        layer_ratios: Sequence[float] = (1.0, 0.8, 0.6, 0.6, 0.4, 0.2),
+        num_objects: int = 300,
+        strides: Sequence[int] = (8, 16, 32, 64),
+        size_ranges: Sequence[Sequence[float]] = ((-1, 64), (64, 128), (128, 256), (256, 999999)),
+        loss_weight: float = 1.5,
+        distance: str = "side",
+        probabilities: bool = False,
+        running_value: bool = False,
+        mask_padding: bool = False,
+    ):
         super().__init__()
         for name, ratios in (("keep_ratio", [keep_ratio]), ("layer_ratios", layer_ratios)):
             if not all(0 < ratio <= 1 for ratio in ratios):
@@ -123,9 +145,7 @@ class FocusEncoder(Encoder):
                     f"set model.transformer.encoder.{name}, one per {unit[:-1]}"
                 )
         if distance not in DISTANCES:
-            raise ValueError(
-                f"FocusEncoder: distance={distance!r} is not one of {', '.join(DISTANCES)}"
-            )
+            raise ValueError(f"FocusEncoder: distance={distance!r} is not one of {', '.join(DISTANCES)}")
         self.foreground = ForegroundScorer(embed_dim=embed_dim, num_levels=num_levels)
         self.layers = clone_layers(layer, num_layers)
         self.keep_ratio = keep_ratio
@@ -180,8 +200,14 @@ class FocusEncoder(Encoder):
             number = torch.sym_min(self.num_objects, count)
             rows = self._objects(proposal_head, old, foreground[:, :count], eligible, number)
             new = layer(
-                old, position[:, :count], reference[:, :count], memory, tokens.shapes,
-                tokens.value_mask, rows, ~mine.gather(1, rows) if masked else None,
+                old,
+                position[:, :count],
+                reference[:, :count],
+                memory,
+                tokens.shapes,
+                tokens.value_mask,
+                rows,
+                ~mine.gather(1, rows) if masked else None,
             )  # (B, count, C)
             if tokens.has_padding:
                 new = torch.where(mine[..., None], new, old)
@@ -190,14 +216,17 @@ class FocusEncoder(Encoder):
                 memory = scatter_tokens(tokens.features, visited, x)
             objects.append(visited.gather(1, rows))
         return EncoderOutput(
-            memory=scatter_tokens(tokens.features, visited, x), selected=selected,
-            selected_mask=torch.arange(kept, device=own.device) < budgets[:, None], scores=scores,
+            memory=scatter_tokens(tokens.features, visited, x),
+            selected=selected,
+            selected_mask=torch.arange(kept, device=own.device) < budgets[:, None],
+            scores=scores,
             intermediate={"layer_counts": tuple(counts), "objects": objects},
         )
 
     @torch.no_grad()
-    def _objects(self, proposal_head: ProposalHead, x: Tensor, foreground: Tensor,
-                 eligible: Tensor | None, number: int) -> Tensor:
+    def _objects(
+        self, proposal_head: ProposalHead, x: Tensor, foreground: Tensor, eligible: Tensor | None, number: int
+    ) -> Tensor:
         """(B, number) rows of ``x`` (B, K, C) with the best class and foreground scores, best first."""
         category = at_least_float32(proposal_head.score(proposal_head.class_head(x)))  # (B, K)
         if self.probabilities:
@@ -207,8 +236,9 @@ class FocusEncoder(Encoder):
             score = score.masked_fill(~eligible, float("-inf"))
         return score.topk(number, dim=1).indices
 
-    def losses(self, encoded: EncoderOutput, decoded: DecoderOutput, tokens: Tokens,
-               targets: list[Target]) -> dict[str, Tensor]:
+    def losses(
+        self, encoded: EncoderOutput, decoded: DecoderOutput, tokens: Tokens, targets: list[Target]
+    ) -> dict[str, Tensor]:
         """``loss_foreground``, published as ``select_loss``; a mean over this process's images."""
         wanted = foreground_targets(
             pixel_boxes(targets), tokens.shapes, self.strides, self.size_ranges, self.distance

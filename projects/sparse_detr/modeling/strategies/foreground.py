@@ -54,16 +54,21 @@ class ForegroundScorer(nn.Module):
         scores = [self.scorer(levels[-1], masks[-1])]  # (B, H_l * W_l) each, coarse to fine
         for step, level in enumerate(reversed(range(len(levels) - 1))):
             coarse = scores[-1].unflatten(1, tokens.shapes[level + 1])[:, None]
-            fine = F.interpolate(
-                coarse, tokens.shapes[level], mode="bilinear", align_corners=True
-            ).flatten(1)[..., None]  # (B, H_l * W_l, 1)
+            fine = F.interpolate(coarse, tokens.shapes[level], mode="bilinear", align_corners=True).flatten(
+                1
+            )[..., None]  # (B, H_l * W_l, 1)
             modulated = levels[level] * (1 + self.alpha[step] * fine)
             scores.append(self.scorer(modulated, masks[level]))
         return torch.cat(scores[::-1], dim=1)
 
 
-def foreground_targets(boxes: Sequence[Tensor], shapes: LevelShapes, strides: Sequence[int],
-                       size_ranges: Sequence[Sequence[float]], distance: str = "side") -> Tensor:
+def foreground_targets(
+    boxes: Sequence[Tensor],
+    shapes: LevelShapes,
+    strides: Sequence[int],
+    size_ranges: Sequence[Sequence[float]],
+    distance: str = "side",
+) -> Tensor:
     """(B, N) bool, True for tokens inside a box that their level is responsible for.
 
     A token sits at ``index * stride + stride // 2`` pixels. It is foreground if some box holds it
@@ -87,8 +92,9 @@ def foreground_targets(boxes: Sequence[Tensor], shapes: LevelShapes, strides: Se
     return torch.cat(targets, dim=1)
 
 
-def _along(box: Tensor, cells: int, stride: int, low: float, high: float, distance: str
-           ) -> tuple[Tensor, Tensor]:
+def _along(
+    box: Tensor, cells: int, stride: int, low: float, high: float, distance: str
+) -> tuple[Tensor, Tensor]:
     """One axis: whether each cell lies inside each (B, G, 2) interval and at most ``high`` away,
     and whether it is more than ``low`` away; (B, cells, G) of 0 and 1 each."""
     at = torch.arange(cells, dtype=box.dtype, device=box.device) * stride + stride // 2
@@ -101,8 +107,9 @@ def _along(box: Tensor, cells: int, stride: int, low: float, high: float, distan
     return holds.to(box.dtype), (far > low).to(box.dtype)
 
 
-def foreground_loss(logits: Tensor, targets: Tensor, mask: Tensor | None = None,
-                    alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+def foreground_loss(
+    logits: Tensor, targets: Tensor, mask: Tensor | None = None, alpha: float = 0.25, gamma: float = 2.0
+) -> Tensor:
     """Focal loss per image, divided by its number of foreground tokens; mean over images.
 
     Args:

@@ -27,10 +27,23 @@ class KeyAwareDeformAttn(DeformableSampling):
         shared_offsets: a head's P offsets, in cells, are the same on all levels.
     """
 
-    def __init__(self, *, embed_dim: int = 256, num_heads: int = 8, num_levels: int = 4,
-                 num_points: int = 4, shared_offsets: bool = False, key_projection: bool = False):
-        super().__init__(embed_dim=embed_dim, num_heads=num_heads, num_levels=num_levels,
-                         num_points=num_points, shared_offsets=shared_offsets)
+    def __init__(
+        self,
+        *,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        num_levels: int = 4,
+        num_points: int = 4,
+        shared_offsets: bool = False,
+        key_projection: bool = False,
+    ):
+        super().__init__(
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            num_levels=num_levels,
+            num_points=num_points,
+            shared_offsets=shared_offsets,
+        )
         self.query_proj = nn.Linear(embed_dim, embed_dim)
         self.key_proj = nn.Linear(embed_dim, embed_dim) if key_projection else None
         self.init_weights()
@@ -42,8 +55,15 @@ class KeyAwareDeformAttn(DeformableSampling):
                 nn.init.xavier_uniform_(projection.weight)
                 nn.init.zeros_(projection.bias)
 
-    def forward(self, query: Tensor, reference: Tensor, value: Tensor, shapes: LevelShapes,
-                mask: Tensor | None = None, record: bool = False) -> tuple[Tensor, Samples | None]:
+    def forward(
+        self,
+        query: Tensor,
+        reference: Tensor,
+        value: Tensor,
+        shapes: LevelShapes,
+        mask: Tensor | None = None,
+        record: bool = False,
+    ) -> tuple[Tensor, Samples | None]:
         """Attend from ``query`` to the maps in ``value``; arguments as in ``MSDeformAttn``.
 
         Returns:

@@ -29,16 +29,30 @@ class LiteEncoderLayer(DeformableEncoderLayer):
         low_ffn_dim: its width; None sends all tokens through the same network.
     """
 
-    def __init__(self, *, attention: nn.Module, embed_dim: int = 256, ffn_dim: int = 2048,
-                 dropout: float = 0.0, low_ffn_dim: int | None = 256):
-        super().__init__(attention=attention, embed_dim=embed_dim, ffn_dim=ffn_dim,
-                         dropout=dropout)
+    def __init__(
+        self,
+        *,
+        attention: nn.Module,
+        embed_dim: int = 256,
+        ffn_dim: int = 2048,
+        dropout: float = 0.0,
+        low_ffn_dim: int | None = 256,
+    ):
+        super().__init__(attention=attention, embed_dim=embed_dim, ffn_dim=ffn_dim, dropout=dropout)
         self.low_ffn = None
         if low_ffn_dim is not None:
             self.low_ffn = FFN(embed_dim=embed_dim, ffn_dim=low_ffn_dim, dropout=dropout)
 
-    def forward(self, x: Tensor, position: Tensor, reference: Tensor, value: Tensor,
-                shapes: LevelShapes, mask: Tensor | None, num_low: int = 0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        position: Tensor,
+        reference: Tensor,
+        value: Tensor,
+        shapes: LevelShapes,
+        mask: Tensor | None,
+        num_low: int = 0,
+    ) -> Tensor:
         """Refresh ``x`` (B, K, C), whose first ``num_low`` tokens are low-level ones; other
         arguments as in ``DeformableEncoderLayer``."""
         x = self.attend(x, position, reference, value, shapes, mask)
@@ -64,8 +78,16 @@ class LiteEncoder(Encoder):
             low-level tokens from the high-level ones already refreshed.
     """
 
-    def __init__(self, *, layer: LiteEncoderLayer, num_layers: int = 6, num_blocks: int = 3,
-                 num_high_levels: int = 3, num_levels: int = 4, merge_low_update: bool = True):
+    def __init__(
+        self,
+        *,
+        layer: LiteEncoderLayer,
+        num_layers: int = 6,
+        num_blocks: int = 3,
+        num_high_levels: int = 3,
+        num_levels: int = 4,
+        merge_low_update: bool = True,
+    ):
         super().__init__()
         if num_blocks < 1 or num_layers % num_blocks:
             raise ValueError(
@@ -117,10 +139,14 @@ class LiteEncoder(Encoder):
         return EncoderOutput(memory=memory)
 
 
-def _refresh(layer: LiteEncoderLayer, memory: Tensor, tokens: Tokens, part: slice,
-             **options: int) -> Tensor:
+def _refresh(layer: LiteEncoderLayer, memory: Tensor, tokens: Tokens, part: slice, **options: int) -> Tensor:
     """``layer`` on a part of the tokens, attending over all of them."""
     return layer(
-        memory[:, part], tokens.position[:, part], tokens.reference_points[:, part], memory,
-        tokens.shapes, tokens.value_mask, **options,
+        memory[:, part],
+        tokens.position[:, part],
+        tokens.reference_points[:, part],
+        memory,
+        tokens.shapes,
+        tokens.value_mask,
+        **options,
     )

@@ -52,15 +52,22 @@ class SparseEncoder(Encoder):
 
     needs_proposal_head = True
 
-    def __init__(self, *, layer: DeformableEncoderLayer, num_layers: int = 6,
-                 keep_ratio: float | None = 0.3, embed_dim: int = 256, num_classes: int,
-                 auxiliary_heads: bool = True, loss_weight: float = 1.0,
-                 scoring: str = "attention_map", mask_padding: bool = False):
+    def __init__(
+        self,
+        *,
+        layer: DeformableEncoderLayer,
+        num_layers: int = 6,
+        keep_ratio: float | None = 0.3,
+        embed_dim: int = 256,
+        num_classes: int,
+        auxiliary_heads: bool = True,
+        loss_weight: float = 1.0,
+        scoring: str = "attention_map",
+        mask_padding: bool = False,
+    ):
         super().__init__()
         if scoring not in SCORINGS:
-            raise ValueError(
-                f"SparseEncoder: scoring={scoring!r} is not one of {', '.join(SCORINGS)}"
-            )
+            raise ValueError(f"SparseEncoder: scoring={scoring!r} is not one of {', '.join(SCORINGS)}")
         self.layers = clone_layers(layer, num_layers)
         self.scoring = scoring
         self.loss_weight = loss_weight
@@ -70,9 +77,7 @@ class SparseEncoder(Encoder):
         elif scoring == "attention_map":
             self.scorer = TokenScorer(embed_dim=embed_dim)
         else:
-            self.scorer = DetectionHeads(
-                embed_dim=embed_dim, num_classes=num_classes, num_layers=1
-            )
+            self.scorer = DetectionHeads(embed_dim=embed_dim, num_classes=num_classes, num_layers=1)
         self.heads = None
         if auxiliary_heads and num_layers > 1:
             self.heads = DetectionHeads(
@@ -87,9 +92,7 @@ class SparseEncoder(Encoder):
     @keep_ratio.setter
     def keep_ratio(self, value: float | None) -> None:
         if value is not None and not 0 < value <= 1:
-            raise ValueError(
-                f"SparseEncoder: keep_ratio={value} must lie in (0, 1]; None keeps all tokens"
-            )
+            raise ValueError(f"SparseEncoder: keep_ratio={value} must lie in (0, 1]; None keeps all tokens")
         if value is not None and self.scorer is None:
             raise ValueError(
                 f"SparseEncoder: keep_ratio={value} needs a scoring network, and the model was "
@@ -129,17 +132,27 @@ class SparseEncoder(Encoder):
             else:
                 # The first layer copies the features; inference then updates that copy.
                 encoded.memory = scatter_tokens(
-                    encoded.memory, visited, x, keep,
+                    encoded.memory,
+                    visited,
+                    x,
+                    keep,
                     in_place=index > 0 and not torch.is_grad_enabled(),
                 )
             if self.training and self.heads is not None and index < self.heads.num_layers:
                 encoded.predictions[f"_enc_{index}"] = (
-                    self.heads.classify(index, x), _boxes(self.heads, index, x, proposals)
+                    self.heads.classify(index, x),
+                    _boxes(self.heads, index, x, proposals),
                 )
         return encoded
 
-    def _select(self, encoded: EncoderOutput, tokens: Tokens, proposal_head: ProposalHead,
-                proposals: Tensor, invalid: Tensor) -> None:
+    def _select(
+        self,
+        encoded: EncoderOutput,
+        tokens: Tokens,
+        proposal_head: ProposalHead,
+        proposals: Tensor,
+        invalid: Tensor,
+    ) -> None:
         """Score all tokens and choose; fills ``scores``, ``selected`` and ``selected_mask``."""
         masked = self.mask_padding and tokens.has_padding
         # paper: scores the backbone features; published code and here: their two-stage projection.
@@ -163,18 +176,21 @@ class SparseEncoder(Encoder):
         encoded.selected = ranking.topk(kept, dim=1).indices  # (B, K)
         encoded.selected_mask = torch.arange(kept, device=budgets.device) < budgets[:, None]
 
-    def losses(self, encoded: EncoderOutput, decoded: DecoderOutput, tokens: Tokens,
-               targets: list[Target]) -> dict[str, Tensor]:
+    def losses(
+        self, encoded: EncoderOutput, decoded: DecoderOutput, tokens: Tokens, targets: list[Target]
+    ) -> dict[str, Tensor]:
         """``loss_mask_prediction``: the scores against the decoder attention map of this step."""
         if not self.needs_decoder_samples:
             return {}
         attention_map = attention_map_splat(
             [layer.locations for layer in decoded.samples],
-            [layer.weights for layer in decoded.samples], tokens.shapes,
+            [layer.weights for layer in decoded.samples],
+            tokens.shapes,
         )  # (B, N)
         target = attention_map_target(attention_map, tokens.mask, encoded.selected_mask)
         encoded.intermediate.update(
-            attention_map=attention_map, target=target,
+            attention_map=attention_map,
+            target=target,
             correspondence=correspondence(attention_map, encoded.selected, tokens.shapes),
         )
         loss = scoring_loss(encoded.scores, target, tokens.mask if self.mask_padding else None)
