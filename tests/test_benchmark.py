@@ -1,4 +1,4 @@
-"""tools/benchmark.py at sizes that take seconds: it runs, compares equals and says what it measured."""
+"""benchmarks/benchmark.py at sizes that take seconds: it runs, compares equals and says what it measured."""
 
 import json
 import subprocess

@@ -1,5 +1,5 @@
 """Commands and links in the docs name what exists: files, flags, configs, keys. Some commands run;
-tools/run_docs.py runs all."""
+tests/run_docs.py runs all."""
 
 import ast
 import re

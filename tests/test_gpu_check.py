@@ -1,4 +1,4 @@
-"""tools/gpu_check.sh, rehearsed without a GPU: the same scripts on the CPU with small sizes."""
+"""benchmarks/gpu_check.sh, rehearsed without a GPU: the same scripts on the CPU with small sizes."""
 
 import json
 import os
@@ -55,4 +55,4 @@ def test_a_failing_stage_stops_no_other_and_is_reported(tmp_path):
 
 def test_an_unknown_flag_shows_the_usage():
     done = subprocess.run([SCRIPT, "--fast"], capture_output=True, text=True)
-    assert done.returncode == 2 and "tools/gpu_check.sh --dry-run" in done.stdout
+    assert done.returncode == 2 and "benchmarks/gpu_check.sh --dry-run" in done.stdout

@@ -23,7 +23,7 @@ FOLDERS = {
 BASE = r"modeling\.(tokens|layers|attention|boxes)"
 # The strategies, each with the file of its own that holds a part of it.
 STRATEGIES = {"sparse": ("dam",), "focus": ("foreground",), "lite": ("key_aware",)}
-MODELING = r"modeling(\.(?!strategies).*)?"  # without the strategies
+MODELING = r"modeling(\.(?!encoders).*)?"  # without the strategies
 
 # (importer, what it may import), both as patterns; the first row that matches the importer counts.
 RULES = (
@@ -31,21 +31,21 @@ RULES = (
     (BASE, rf"kernels|{BASE}"),
     *(
         (
-            rf"modeling\.strategies\.{name}",
+            rf"modeling\.encoders\.{name}",
             rf"kernels|{BASE}|modeling\.(encoder|heads|proposals)|" + own,
         )
         for strategy, parts in STRATEGIES.items()
-        for own in [rf"modeling\.strategies\.({'|'.join((strategy, *parts))})"]
+        for own in [rf"modeling\.encoders\.({'|'.join((strategy, *parts))})"]
         for name in (strategy, *parts)
     ),
-    (r"modeling\.strategies\..*", rf"kernels|{BASE}|modeling\.(encoder|heads|proposals)"),
-    (r"modeling\.strategies", r"modeling\.strategies\..*"),
-    (r"modeling\.(transformer|postprocess|backbone)", r"modeling\.(?!strategies|meta_arch).*"),
+    (r"modeling\.encoders\..*", rf"kernels|{BASE}|modeling\.(encoder|heads|proposals)"),
+    (r"modeling\.encoders", r"modeling\.encoders\..*"),
+    (r"modeling\.(transformer|postprocess|backbone)", r"modeling\.(?!encoders|meta_arch).*"),
     (r"modeling\.meta_arch", r"modeling\..*|yacs"),  # yacs: detectron2 calls `from_config`
     (r"modeling", r"modeling\..*"),
     (
         r"modeling\..*",
-        rf"{BASE}|modeling\.(?!strategies|meta_arch|transformer|postprocess|backbone).*",
+        rf"{BASE}|modeling\.(?!encoders|meta_arch|transformer|postprocess|backbone).*",
     ),
     (r"errors", r"errors"),
     (r"data(\..*)?", r"data(\..*)?|errors"),
@@ -205,14 +205,14 @@ def test_shared_parts_name_no_paper(module):
         ("modeling.tokens", "from .encoder import DenseEncoder"),
         ("modeling.layers", "from detectron2.layers import Conv2d"),
         ("modeling.decoder", "from .meta_arch import SetDetector"),
-        ("modeling.decoder", "def f():\n    from .strategies import sparse"),
-        ("modeling.strategies.sparse", "from .focus import FocusEncoder"),
-        ("modeling.strategies.sparse", "from .foreground import foreground_loss"),
-        ("modeling.strategies.sparse", "from ..decoder import DeformableDecoder"),
-        ("modeling.strategies.new", "from .. import DenseEncoder"),
-        ("modeling.transformer", "from .strategies.lite import LiteEncoder"),
+        ("modeling.decoder", "def f():\n    from .encoders import sparse"),
+        ("modeling.encoders.sparse", "from .focus import FocusEncoder"),
+        ("modeling.encoders.sparse", "from .foreground import foreground_loss"),
+        ("modeling.encoders.sparse", "from ..decoder import DeformableDecoder"),
+        ("modeling.encoders.new", "from .. import DenseEncoder"),
+        ("modeling.transformer", "from .encoders.lite import LiteEncoder"),
         ("data.mapper", "from ..engine.trainer import Trainer"),
-        ("engine.trainer", "from ..modeling.strategies.sparse import SparseEncoder"),
+        ("engine.trainer", "from ..modeling.encoders.sparse import SparseEncoder"),
         ("engine.trainer", "from detectron2 import model_zoo"),
         ("engine.trainer", "import detectron2.model_zoo.model_zoo as zoo"),
         ("predictor", "from .engine.trainer import Trainer"),
@@ -230,7 +230,7 @@ def test_a_violation_is_found(module, source):
         ("kernels.op", "import torch, math\nfrom .reference import ms_deform_attn"),
         ("modeling.attention", "from ..kernels import ms_deform_attn"),
         (
-            "modeling.strategies.sparse",
+            "modeling.encoders.sparse",
             "from .dam import decoder_attention_map\nfrom ..tokens import Tokens",
         ),
         ("modeling.encoder", "if TYPE_CHECKING:\n    from .decoder import DecoderOutput"),
@@ -244,5 +244,5 @@ def test_what_is_allowed_is_not_reported(module, source):
 
 def test_a_paper_name_is_found():
     assert paper_names("class Decoder:\n    def forward(self, x): return self.focus_score(x)")
-    assert paper_names("from .strategies.x import SparseEncoder") == {"SparseEncoder"}
+    assert paper_names("from .encoders.x import SparseEncoder") == {"SparseEncoder"}
     assert not paper_names("class SparseDETR: pass\nsatellite = elite = 1")

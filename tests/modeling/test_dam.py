@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from sparse_detr.kernels import attention_map_splat
-from sparse_detr.modeling.strategies.dam import (
+from sparse_detr.modeling.encoders.dam import (
     attention_map_target,
     correspondence,
     scoring_loss,

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from sparse_detr.config import get_config
 from sparse_detr.engine.convert import convert_state_dict
-from sparse_detr.modeling.strategies.foreground import foreground_loss, foreground_targets
+from sparse_detr.modeling.encoders.foreground import foreground_loss, foreground_targets
 from sparse_detr.modeling.tokens import gather_tokens
 
 from .tiny import SHAPES, feature_maps, masks, reveal, sample, shrink, total_losses
@@ -180,7 +180,7 @@ def test_the_order_of_visits_changes_nothing(monkeypatch, settings):
 
     by_place = run()
     monkeypatch.setattr(
-        "sparse_detr.modeling.strategies.focus.visiting_order",
+        "sparse_detr.modeling.encoders.focus.visiting_order",
         lambda ranked, tokens, prefixes: torch.arange(ranked.shape[1]).expand_as(ranked),
     )
     best_first = run()

@@ -105,7 +105,7 @@ def test_the_order_of_visits_changes_nothing(monkeypatch):
 
     by_place = run()
     monkeypatch.setattr(
-        "sparse_detr.modeling.strategies.sparse.visiting_order",
+        "sparse_detr.modeling.encoders.sparse.visiting_order",
         lambda ranked, tokens: torch.arange(ranked.shape[1]).expand_as(ranked),
     )
     best_first = run()

@@ -12,8 +12,8 @@ from .layers import ChannelMapper, SinePosition
 from .matcher import HungarianMatcher, Target
 from .meta_arch import DINO, DeformableDETR, FocusDETR, LiteDETR, SetDetector, SparseDETR
 from .proposals import LearnedQueries, MixedQueries, ProposalHead, ProposalQueries
-from .strategies.key_aware import KeyAwareDeformAttn
-from .strategies.lite import LiteEncoder, LiteEncoderLayer
+from .encoders.key_aware import KeyAwareDeformAttn
+from .encoders.lite import LiteEncoder, LiteEncoderLayer
 from .tokens import Tokens
 from .transformer import DetectionTransformer, TransformerOutput
 

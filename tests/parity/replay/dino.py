@@ -15,7 +15,7 @@ from sparse_detr.modeling.denoising import Noise
 from sparse_detr.modeling.matcher import Target
 from sparse_detr.modeling.postprocess import detections
 from sparse_detr.modeling.proposals import Queries, QueryGroup
-from sparse_detr.modeling.strategies.foreground import foreground_loss, foreground_targets
+from sparse_detr.modeling.encoders.foreground import foreground_loss, foreground_targets
 
 from . import recipe
 from .case import Case, Replay

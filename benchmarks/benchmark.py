@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """How fast, against what, on this machine: paired ratios measured in one run.
 
-    python tools/benchmark.py op                              deformable attention, 1 thread
-    python tools/benchmark.py op --device cuda --json op.json
-    python tools/benchmark.py op --peer mine=file.py:function
-    python tools/benchmark.py model deformable_detr/deformable_detr_r50_efficient_50ep \\
+    python benchmarks/benchmark.py op                              deformable attention, 1 thread
+    python benchmarks/benchmark.py op --device cuda --json op.json
+    python benchmarks/benchmark.py op --peer mine=file.py:function
+    python benchmarks/benchmark.py model deformable_detr/deformable_detr_r50_efficient_50ep \\
         sparse_detr/sparse_detr_r50_10_50ep                   whole models; the first is the base
-    python tools/benchmark.py model "DINO=dino/dino_r50_4scale_12ep" \\
+    python benchmarks/benchmark.py model "DINO=dino/dino_r50_4scale_12ep" \\
         "Focus .3=focus_detr/focus_detr_r50_4scale_12ep model.transformer.encoder.keep_ratio=0.3" \\
         --train --size 800x1066 --peer published=file.py:function
 

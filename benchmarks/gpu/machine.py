@@ -1,6 +1,6 @@
 """What there is: GPU, torch, compilers, packages. Written as JSON; fails where torch sees no GPU.
 
-python tools/gpu/machine.py FILE.json    (DRY=1 in the environment: no GPU is fine)
+python benchmarks/gpu/machine.py FILE.json    (DRY=1 in the environment: no GPU is fine)
 """
 
 import importlib.util
@@ -68,7 +68,7 @@ def main() -> int:
     for key, value in found.items():
         print(f"{key}: {value}")
     if "gpu" not in found and not os.environ.get("DRY"):
-        print("PyTorch sees no GPU (without one: tools/gpu_check.sh --dry-run)")
+        print("PyTorch sees no GPU (without one: benchmarks/gpu_check.sh --dry-run)")
         return 1
     print(f"{found.get('gpu', 'no GPU')}, torch {torch.__version__}")
     return 0

@@ -10,7 +10,7 @@
 //   and
 //              with 8 lanes on each: what sorting lives on
 //
-//   nvcc -O3 -arch=native tools/gpu/micro.cu -o micro && ./micro FILE.json
+//   nvcc -O3 -arch=native benchmarks/gpu/micro.cu -o micro && ./micro FILE.json
 #include <cuda_runtime.h>
 
 #include <algorithm>

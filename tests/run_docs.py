@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Run every command and every Python program of the docs, on a small copy of this checkout.
 
-    python tools/run_docs.py                                   all pages: some minutes on a CPU
-    python tools/run_docs.py docs/own_data.md --only train_net
+    python tests/run_docs.py                                   all pages: some minutes on a CPU
+    python tests/run_docs.py docs/own_data.md --only train_net
 
 Commands run as they stand, one after the other, and at the end of each page its Python blocks as one
 program. They find what they name: configs whose models, images and runs are tiny, data sets of a few
@@ -40,15 +40,15 @@ TIME_LIMIT = 400  # seconds per command
 # fit apply, in this order.
 CHANGED = [
     (r"^pip install .*", None, "downloads"),
-    (r"^tools/gpu_check.sh --pack\b.*", None, "downloads"),
+    (r"^benchmarks/gpu_check.sh --pack\b.*", None, "downloads"),
     (r"^make demo\b", "python tools/demo_quick.py", "without setting up an environment"),
     (r"^make (install|test)\b", r"make -n \1", "sets up an environment, runs the tests: only printed"),
     (
-        r"^tools/gpu_check.sh(?! --pack)( --dry-run)?",
-        "tools/gpu_check.sh --dry-run --only machine,packages,op",
+        r"^benchmarks/gpu_check.sh(?! --pack)( --dry-run)?",
+        "benchmarks/gpu_check.sh --dry-run --only machine,packages,op",
         "needs a GPU; all of the rehearsal: tests/test_gpu_check.py",
     ),
-    (r"^(python tools/cuda_report.py).*", r"\1 --help", "needs nvcc and minutes"),
+    (r"^(python benchmarks/cuda_report.py).*", r"\1 --help", "needs nvcc and minutes"),
     (r"train.wandb.enabled=true", "train.wandb.enabled=false", "needs an account"),
     (r"(?<=--num-gpus )8|(?<=--nproc-per-node )8", "2", "two processes instead of eight"),
     (r"\bnode0\b", "127.0.0.1", "both machines are this one"),

@@ -51,7 +51,7 @@ def run_layer(case: Case) -> None:
 
 def run_attention_map(case: Case) -> None:
     """The decoder attention map, its target and the scoring loss of Sparse DETR."""
-    from sparse_detr.modeling.strategies.dam import attention_map_target, scoring_loss
+    from sparse_detr.modeling.encoders.dam import attention_map_target, scoring_loss
 
     shapes = _shapes(case)
     locations, weights = case.drawn("locations"), case.drawn("weights")

@@ -1,6 +1,6 @@
 """Kernel times beside the targets that were derived for an H200 (docs/kernels.md).
 
-python tools/gpu/targets.py [--device cuda] [--json FILE]
+python benchmarks/gpu/targets.py [--device cuda] [--json FILE]
 
 Forward and backward of one layer, one image of 800x1333, locations as at the start of training plus
 noise of one pixel. On a GPU: replays of a CUDA graph of 20 calls that rotate four sets of inputs

@@ -1,6 +1,6 @@
 """Every CUDA kernel once, on small inputs, compared with plain PyTorch: for compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python tools/gpu/small.py
+    compute-sanitizer --tool memcheck python benchmarks/gpu/small.py
 
 Queries as tiles and as a list, gradients per corner, per block and in fixed point, 16-bit values.
 """

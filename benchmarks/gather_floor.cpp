@@ -1,7 +1,7 @@
 // How fast this machine can fetch what a decoder's deformable attention reads, without computing
-// anything: the floor under `tools/benchmark.py op`, decoder rows.
+// anything: the floor under `benchmarks/benchmark.py op`, decoder rows.
 //
-//     g++ -O3 -mavx512f tools/bench/gather_floor.cpp -o /tmp/gather_floor && /tmp/gather_floor
+//     g++ -O3 -mavx512f benchmarks/gather_floor.cpp -o /tmp/gather_floor && /tmp/gather_floor
 //
 // 8 heads x 16 samples x 4 corners of 128 bytes per query, from maps of 22 223 tokens of 1 KB that
 // take turns. Queries are visited by cells of a 12 x 12 grid, and each line of a head is asked for

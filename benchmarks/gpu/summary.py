@@ -1,6 +1,6 @@
-"""The run of tools/gpu_check.sh as gpu_check.json and gpu_check.md.
+"""The run of benchmarks/gpu_check.sh as gpu_check.json and gpu_check.md.
 
-python tools/gpu/summary.py STAGES.tsv RESULTS TARGET [--dry-run]
+python benchmarks/gpu/summary.py STAGES.tsv RESULTS TARGET [--dry-run]
 
 RESULTS holds the stages' JSON files, TARGET receives the two.
 """
@@ -62,7 +62,7 @@ def main() -> None:
                 ],
             )
         )
-    text.append("What `tools/benchmark.py` printed is in log.txt, its numbers in gpu_check.json.")
+    text.append("What `benchmarks/benchmark.py` printed is in log.txt, its numbers in gpu_check.json.")
     (target / "gpu_check.md").write_text("\n\n".join(text) + "\n")
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything a machine with a GPU can tell about the CUDA kernels, in one command of under 10 minutes.
 #
-#   tools/gpu_check.sh             needs torch with CUDA and nvcc; nothing is downloaded
-#   tools/gpu_check.sh --dry-run   without a GPU: builds for sm_90, runs the same scripts on the CPU
-#   tools/gpu_check.sh --pack      on a machine with detectron2: collects in .gpu_check/ what a bare
+#   benchmarks/gpu_check.sh             needs torch with CUDA and nvcc; nothing is downloaded
+#   benchmarks/gpu_check.sh --dry-run   without a GPU: builds for sm_90, runs the same scripts on the CPU
+#   benchmarks/gpu_check.sh --pack      on a machine with detectron2: collects in .gpu_check/ what a bare
 #                                  machine lacks (git ignores the folder: carry it along)
 #   --only A,B  --skip A,B         stages, by name
 #   --budget SECONDS               of the whole run (570)
@@ -30,7 +30,7 @@ if [ -z "${PYTHON:-}" ]; then
   PYTHON=python3
   [ -x .venv/bin/python ] && PYTHON=$PWD/.venv/bin/python
 fi
-if [ -n "$PACK" ]; then exec "$PYTHON" tools/gpu/pack.py .gpu_check; fi
+if [ -n "$PACK" ]; then exec "$PYTHON" benchmarks/gpu/pack.py .gpu_check; fi
 
 SCRATCH=$(mktemp -d)
 trap 'rm -rf "$SCRATCH"' EXIT
@@ -72,10 +72,10 @@ stage() { # NAME SECONDS
 skip() { echo "$*"; exit 77; }
 export -f skip
 
-run_machine() { "$PYTHON" tools/gpu/machine.py "$RESULTS/machine.json"; }
+run_machine() { "$PYTHON" benchmarks/gpu/machine.py "$RESULTS/machine.json"; }
 
 run_packages() { # only what is not here already
-  "$PYTHON" tools/gpu/pack.py --use .gpu_check/site "$SCRATCH/site"
+  "$PYTHON" benchmarks/gpu/pack.py --use .gpu_check/site "$SCRATCH/site"
 }
 
 run_build() {
@@ -98,10 +98,10 @@ run_peers() { # each beside ours, never instead of it: a peer that does not buil
 }
 
 sanitize() { # TOOL
-  if [ -n "$DRY" ]; then "$PYTHON" tools/gpu/small.py --device cpu; return; fi
+  if [ -n "$DRY" ]; then "$PYTHON" benchmarks/gpu/small.py --device cpu; return; fi
   command -v compute-sanitizer >/dev/null || skip 'no compute-sanitizer'
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
-    --kernel-name kernel_substring=sparse_detr "$PYTHON" tools/gpu/small.py --device cuda
+    --kernel-name kernel_substring=sparse_detr "$PYTHON" benchmarks/gpu/small.py --device cuda
 }
 run_memcheck() { sanitize memcheck; }
 run_racecheck() {
@@ -114,26 +114,26 @@ run_micro() {
   local nvcc=${CUDA_HOME:-/usr/local/cuda}/bin/nvcc
   [ -x "$nvcc" ] || nvcc=$(command -v nvcc) || skip 'no nvcc'
   "$nvcc" -O3 -std=c++17 -arch="$([ -n "$DRY" ] && echo sm_90 || echo native)" \
-    tools/gpu/micro.cu -o "$SCRATCH/micro"
+    benchmarks/gpu/micro.cu -o "$SCRATCH/micro"
   if [ -n "$DRY" ]; then echo 'compiled for sm_90'; return; fi
   "$SCRATCH/micro" "$RESULTS/micro.json"
 }
 
 run_targets() {
-  "$PYTHON" tools/gpu/targets.py --device "$DEVICE" --json "$RESULTS/targets.json" \
+  "$PYTHON" benchmarks/gpu/targets.py --device "$DEVICE" --json "$RESULTS/targets.json" \
     ${DRY:+--scale 0.08 --rounds 2 --kinds dense 'decoder 300'}
 }
 
 benchmark() { # FILE ARGUMENTS...
-  [ -f tools/benchmark.py ] || skip 'no tools/benchmark.py'
+  [ -f benchmarks/benchmark.py ] || skip 'no benchmarks/benchmark.py'
   local file=$1; shift
-  "$PYTHON" tools/benchmark.py "$@" --device "$DEVICE" --json "$RESULTS/$file.json"
+  "$PYTHON" benchmarks/benchmark.py "$@" --device "$DEVICE" --json "$RESULTS/$file.json"
 }
 export -f benchmark
 run_op() { benchmark op op ${DRY:+--scale 0.1 --rounds 2 --kinds dense 'decoder 300'}; }
 run_op_bf16() { benchmark op_bf16 op --dtype bfloat16 ${DRY:+--scale 0.1 --rounds 2 --kinds 'decoder 300'}; }
 run_model() {
-  "$PYTHON" -c 'import detectron2' 2>/dev/null || skip 'no detectron2 (tools/gpu_check.sh --pack)'
+  "$PYTHON" -c 'import detectron2' 2>/dev/null || skip 'no detectron2 (benchmarks/gpu_check.sh --pack)'
   local sparse=sparse_detr/sparse_detr_r50_10_50ep
   if [ -n "$DRY" ]; then benchmark model model --size 64x64 --rounds 2 $sparse; return; fi
   benchmark model model 'Deformable DETR=deformable_detr/deformable_detr_r50_efficient_50ep' \
@@ -154,6 +154,6 @@ stage op_bf16 60
 stage model 120
 stage memcheck 60
 stage racecheck 60
-"$PYTHON" tools/gpu/summary.py "$STAGES" "$RESULTS" "$TARGET" ${DRY:+--dry-run} || exit 1
+"$PYTHON" benchmarks/gpu/summary.py "$STAGES" "$RESULTS" "$TARGET" ${DRY:+--dry-run} || exit 1
 echo "results: $TARGET, $SECONDS s"
 ! cut -f2 "$STAGES" | grep -qE 'failed|timed out'

@@ -1,6 +1,6 @@
 """What the CUDA compiler makes of kernels/csrc/cuda, on a machine with nvcc and without a GPU.
 
-    python tools/cuda_report.py [--arch 80 90] [--json FILE] [--objects DIR]
+    python benchmarks/cuda_report.py [--arch 80 90] [--json FILE] [--objects DIR]
 
 For each kernel: registers, spilled bytes and static shared memory (from `-Xptxas -v`), and, where a
 disassembler is found (cuobjdump of the toolkit or of Triton's wheel), the instructions of its loops

@@ -1,6 +1,6 @@
 """What one layer of deformable attention moves between the GPU's caches, by counting; needs no GPU.
 
-python tools/gpu/traffic.py [--sigma 1 4] [--kept 0.1 0.3]
+python benchmarks/gpu/traffic.py [--sigma 1 4] [--kept 0.1 0.3]
 
 One image of 800x1333, float32, locations as at the start of training plus normal noise of sigma
 pixels. Counted, in rows of 128 bytes (one token of one head):

@@ -1,1 +1,0 @@
-"""Paired measurements: contenders of one task take turns in one process."""
