@@ -34,12 +34,11 @@ def recorded_output(model: nn.Module) -> Iterator[list[TransformerOutput]]:
     outputs: list[TransformerOutput] = []
     transformer = model.transformer
 
-    def record(module: nn.Module, args: tuple) -> tuple:
-        return *args[:-1], True  # the last argument of MSDeformAttn
-
-    handles = [transformer.register_forward_hook(lambda _, __, output: outputs.append(output))]
-    handles += [
-        layer.cross_attention.register_forward_pre_hook(record) for layer in transformer.decoder.layers
+    handles = [
+        transformer.register_forward_pre_hook(
+            lambda _, args, kwargs: (args, {**kwargs, "record": True}), with_kwargs=True
+        ),
+        transformer.register_forward_hook(lambda _, __, output: outputs.append(output)),
     ]
     try:
         yield outputs

@@ -22,7 +22,24 @@ class FrozenNormConv2d(Conv2d):
 
     Parameters, buffers and their names are those of ``Conv2d(norm=FrozenBatchNorm2d)``, gradients
     too; the passes over the map that the norm would take are saved.
+
+    Args:
+        conv: the convolution whose weights, norm and activation this one takes over.
     """
+
+    def __init__(self, conv: Conv2d):
+        shape = conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding
+        super().__init__(
+            *shape,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            device="meta",  # nothing is drawn or allocated: the next line replaces it
+            norm=conv.norm,
+            activation=conv.activation,
+        )
+        self.weight, self.bias = conv.weight, conv.bias
+        self.training = conv.training
 
     def forward(self, x: Tensor) -> Tensor:
         norm = self.norm
@@ -36,10 +53,12 @@ class FrozenNormConv2d(Conv2d):
 
 
 def fold_frozen_norms(module: nn.Module) -> None:
-    """Let every detectron2 convolution inside apply its ``FrozenBatchNorm2d`` to its weights."""
-    for part in module.modules():
+    """Replace every detectron2 convolution with a ``FrozenBatchNorm2d`` inside ``module``."""
+    for name, part in module.named_children():
         if type(part) is Conv2d and isinstance(part.norm, FrozenBatchNorm2d):
-            part.__class__ = FrozenNormConv2d  # same state, so nothing is built or copied
+            setattr(module, name, FrozenNormConv2d(part))
+        else:
+            fold_frozen_norms(part)
 
 
 def build_swin(

@@ -7,8 +7,7 @@ them is how objects are assigned.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,51 +18,32 @@ from torchvision.ops import sigmoid_focal_loss
 
 from .boxes import cxcywh_to_xyxy, giou
 from .layers import at_least_float32, tensor_like
-from .matcher import HungarianMatcher, Matches, Target
-
-# (objects of this process's whole batch, number of parts) while a part of a batch is computed
-_part: tuple[int, int] | None = None
+from .matcher import Assignment, HungarianMatcher, Matches, Target
 
 
-@contextmanager
-def part_of_batch(num_objects: int, num_parts: int) -> Iterator[None]:
-    """Gradient accumulation: losses inside are those of one of ``num_parts`` parts of a batch.
+@dataclass(frozen=True)
+class BatchPart:
+    """Gradient accumulation: losses are those of one of ``num_parts`` parts of a batch.
 
     Set losses are divided by the objects per part of the whole batch, ``num_objects / num_parts``,
     not by the part's own, so that the *mean* of the parts' losses is the loss of the whole batch.
     """
-    global _part
-    before, _part = _part, (num_objects, num_parts)
-    try:
-        yield
-    finally:
-        _part = before
+
+    num_objects: int
+    num_parts: int = 1
 
 
 @dataclass
 class Predictions:
     """One set of predictions to penalise.
 
-    Attributes:
-        logits: (B, Q, num_classes).
-        boxes: (B, Q, 4) cxcywh in [0, 1] of the unpadded image.
-        suffix: appended to the loss names, e.g. ``_0`` or ``_enc``.
-        class_agnostic: objects count as class 0 whatever they are.
-        repeat: each object may be matched by this many predictions (H-DETR's one-to-many branch)
-            and counts that often.
-        matches: the assignment where it is known without matching (denoising).
-        normalizer: multiplies the number of objects, at least 1, that the losses are divided by.
-        weight: multiplies this set's loss weights.
+    logits: (B, Q, num_classes).
+    boxes: (B, Q, 4) cxcywh in [0, 1] of the unpadded image.
     """
 
     logits: Tensor
     boxes: Tensor
-    suffix: str = ""
-    class_agnostic: bool = False
-    repeat: int = 1
-    matches: Matches | None = None
-    normalizer: float = 1.0
-    weight: float = 1.0
+    assignment: Assignment = Assignment()
 
 
 class SetCriterion(nn.Module):
@@ -93,49 +73,40 @@ class SetCriterion(nn.Module):
         self.gamma = gamma
         self.giou_eps = giou_eps
 
-    def forward(self, predictions: Sequence[Predictions], targets: Sequence[Target]) -> dict[str, Tensor]:
-        """Weighted ``loss_class``, ``loss_bbox`` and ``loss_giou`` with each set's suffix."""
-        losses = {}
-        for name, value, weight in self.losses(predictions, targets):
-            losses[name] = value * weight
-        return losses
+    def forward(
+        self, predictions: Sequence[Predictions], targets: Sequence[Target], part: BatchPart | None = None
+    ) -> dict[str, Tensor]:
+        """Weighted ``loss_class``, ``loss_bbox`` and ``loss_giou`` with each set's suffix.
+
+        Args:
+            part: where the images are a part of their batch only.
+        """
+        return {name: value * weight for name, value, weight in self.losses(predictions, targets, part)}
 
     def losses(
-        self, predictions: Sequence[Predictions], targets: Sequence[Target]
+        self, predictions: Sequence[Predictions], targets: Sequence[Target], part: BatchPart | None = None
     ) -> list[tuple[str, Tensor, float]]:
         """(name, unweighted loss, weight) for every loss of every set."""
-        matches = self.match(predictions, targets)
-        num_objects = sum(len(t.labels) for t in targets)
-        num_objects, num_parts = _part or (num_objects, 1)
-        count = self._num_boxes(num_objects, predictions[0].boxes)
+        part = part or BatchPart(sum(len(t.labels) for t in targets))
+        count = self._num_boxes(part.num_objects, predictions[0].boxes)
         out = []
-        for prediction, match in zip(predictions, matches):
-            labels, boxes = _concatenate(_targets_of(prediction, targets))
+        for prediction, match in zip(predictions, self.match(predictions, targets)):
+            how = prediction.assignment
+            normalizer = (count * how.repeat).clamp(min=1) * how.normalizer / part.num_parts
+            labels, boxes = _concatenate(_targets_of(how, targets))
             for name, value in self._set_losses(prediction, match, labels, boxes).items():
-                out.append(
-                    (
-                        name + prediction.suffix,
-                        value
-                        / ((count * prediction.repeat).clamp(min=1) * prediction.normalizer)
-                        * num_parts,
-                        self.weights[name] * prediction.weight,
-                    )
-                )
+                out.append((name + how.suffix, value / normalizer, self.weights[name] * how.weight))
         return out
 
     def match(self, predictions: Sequence[Predictions], targets: Sequence[Target]) -> list[Matches]:
         """The assignment of every set, in order."""
-        unmatched = [p for p in predictions if p.matches is None]
-        found = iter(
-            self.matcher(
-                [
-                    (at_least_float32(p.logits.detach()), p.boxes.detach(), _targets_of(p, targets))
-                    for p in unmatched
-                ],
-                [f"loss_*{p.suffix}" for p in unmatched],
-            )
-        )
-        return [next(found) if p.matches is None else p.matches for p in predictions]
+        unmatched = [p for p in predictions if p.assignment.matches is None]
+        problems = [
+            (at_least_float32(p.logits.detach()), p.boxes.detach(), _targets_of(p.assignment, targets))
+            for p in unmatched
+        ]
+        found = iter(self.matcher(problems, [f"loss_*{p.assignment.suffix}" for p in unmatched]))
+        return [p.assignment.matches or next(found) for p in predictions]
 
     def _set_losses(
         self, prediction: Predictions, match: Matches, labels: Tensor, boxes: Tensor
@@ -164,15 +135,14 @@ class SetCriterion(nn.Module):
         return count
 
 
-def _targets_of(prediction: Predictions, targets: Sequence[Target]) -> list[Target]:
-    """The objects as this prediction set sees them."""
+def _targets_of(how: Assignment, targets: Sequence[Target]) -> list[Target]:
+    """The objects as a prediction set sees them."""
     seen = list(targets)
-    if prediction.class_agnostic:
+    if how.class_agnostic:
         seen = [replace(t, labels=torch.zeros_like(t.labels)) for t in seen]
-    if prediction.repeat > 1:
+    if how.repeat > 1:
         seen = [
-            replace(t, labels=t.labels.repeat(prediction.repeat), boxes=t.boxes.repeat(prediction.repeat, 1))
-            for t in seen
+            replace(t, labels=t.labels.repeat(how.repeat), boxes=t.boxes.repeat(how.repeat, 1)) for t in seen
         ]
     return seen
 

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Samples
-from .encoder import clone_layers
 from .heads import DetectionHeads
-from .layers import FFN, MLP, TransformerLayer, at_least_float32, box_code, inverse_sigmoid
+from .layers import FFN, MLP, TransformerLayer, at_least_float32, box_code, clone_layers, inverse_sigmoid
 from .proposals import Queries
 from .tokens import Tokens
 

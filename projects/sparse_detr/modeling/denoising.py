@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from .layers import inverse_sigmoid
-from .matcher import Matches, Target
+from .matcher import Assignment, Matches, Target
 from .proposals import Queries, QueryGroup
 
 FLAVOURS = ("detrex", "official")
@@ -136,7 +136,7 @@ class ContrastiveDenoising(nn.Module):
         matches = Matches(
             *(x.view(num_groups, 2, len(labels))[:, 0].flatten() for x in (image, query, objects))
         )
-        group = QueryGroup(size, "_dn", matches=matches, normalizer=max(num_groups, 1))
+        group = QueryGroup(size, Assignment("_dn", matches=matches, normalizer=max(num_groups, 1)))
         return Queries(
             content=torch.cat([content, queries.content], dim=1),
             position=None,

@@ -1,23 +1,27 @@
-"""The encoder contract, the deformable encoder layer, and the dense encoder.
+"""The encoder: choose tokens, refresh them by attending over all, write them back.
 
-All encoders are one loop, *some tokens are refreshed by attending over all tokens*; a strategy
-decides which. The dense encoder (Deformable DETR, Sec. 4.1) refreshes all of them in every layer.
+That loop is the same for every method and stands here once. A method says in a file of its own
+(``encoders/``) which tokens each layer refreshes, what its layer does with them, and what it learns
+from. The dense encoder (Deformable DETR, Sec. 4.1) refreshes all tokens in every layer.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
-from .layers import FFN, TransformerLayer
+from .heads import DetectionHeads
+from .layers import FFN, TransformerLayer, clone_layers
+from .selection import TokenRange, TokenSet
 from .tokens import LevelShapes, Tokens
 
 if TYPE_CHECKING:
     from .decoder import DecoderOutput
+    from .matcher import Target
     from .proposals import ProposalHead
 
 
@@ -28,43 +32,90 @@ class EncoderOutput:
     Attributes:
         memory: (B, N, C) all tokens, refreshed or not.
         selected: (B, K) int64 tokens the encoder refreshed, best first; None if it refreshed all.
-        selected_mask: (B, K) bool, True for the entries of ``selected`` that belong to the image's
-            own budget; None if all do.
+        budgets: (B,) int64, how many entries of ``selected`` are the image's own; None with it.
         scores: (B, N) the ranking behind ``selected``, or None.
         predictions: auxiliary (logits (B, K, num_classes), boxes (B, K, 4)) by the suffix of their
             losses, matched and penalised like a decoder layer's; in any order of the tokens.
-        intermediate: what the strategy's own ``losses`` read, and what it shows to tools.
+        metrics: scalars worth logging, without gradient.
+        intermediate: what a method's losses read, and what it shows to tools; both ``forward`` and
+            ``losses`` write into it and into ``metrics``.
     """
 
     memory: Tensor
     selected: Tensor | None = None
-    selected_mask: Tensor | None = None
+    budgets: Tensor | None = None
     scores: Tensor | None = None
     predictions: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    intermediate: Mapping[str, object] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    intermediate: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def selected_mask(self) -> Tensor:
+        """(B, K) bool, True for the entries of ``selected`` that are the image's own."""
+        rank = torch.arange(self.selected.shape[1], device=self.selected.device)
+        return rank < self.budgets[:, None]
 
 
 class Encoder(nn.Module):
-    """What every strategy provides.
+    """The loop that all encoders are; a method fills in ``steps``, and what else its paper has.
 
-    ``needs_decoder_samples`` asks the decoder to record, in training, where it looked;
-    ``needs_proposal_head`` says that ``forward`` uses the two-stage head.
+    Attributes:
+        heads: auxiliary heads behind the first layers, used in training, or None.
+        running_value: layers attend to the tokens as refreshed so far; False: to the encoder's input.
+        needs_decoder_samples: ask the decoder to record, in training, where it looked.
+        needs_proposal_head: ``steps`` or ``refresh`` uses the two-stage head.
     """
 
+    heads: DetectionHeads | None = None
+    running_value = True
     needs_decoder_samples = False
     needs_proposal_head = False
 
-    def forward(self, tokens: Tokens, proposal_head: ProposalHead | None) -> EncoderOutput:
+    def forward(self, tokens: Tokens, proposal_head: ProposalHead | None = None) -> EncoderOutput:
+        """Refresh ``tokens``, those that ``steps`` names, layer by layer."""
+        encoded = EncoderOutput(memory=tokens.features)
+        x = chosen = None
+        for index, (layer, part) in enumerate(self.steps(tokens, proposal_head, encoded)):
+            if part is not chosen:
+                chosen, x = part, part.gather(encoded.memory)  # (B, K, C)
+            value = encoded.memory if self.running_value else tokens.features
+            x = self.refresh(layer, x, value, chosen, tokens, proposal_head, encoded)
+            # The first write copies the features; inference then updates that copy.
+            in_place = encoded.memory is not tokens.features and not torch.is_grad_enabled()
+            encoded.memory = chosen.scatter(encoded.memory, x, in_place)
+            if self.training and self.heads is not None and index < self.heads.num_layers:
+                boxes = self.heads.refine(index, x, chosen.gather(tokens.proposals))
+                encoded.predictions[f"_enc_{index}"] = self.heads.classify(index, x), boxes
+        return encoded
+
+    def steps(
+        self, tokens: Tokens, proposal_head: ProposalHead | None, encoded: EncoderOutput
+    ) -> Iterable[tuple[nn.Module, TokenRange | TokenSet]]:
+        """Each layer, in order, with the tokens that it refreshes.
+
+        Layers in a row with the same object pass the refreshed tokens on, also those beyond an
+        image's own budget. A method that ranks the tokens leaves ``scores``, ``selected`` and
+        ``budgets`` in ``encoded``.
+        """
         raise NotImplementedError
 
-    def losses(
-        self, encoded: EncoderOutput, decoded: DecoderOutput, tokens: Tokens, targets: list
-    ) -> dict[str, Tensor]:
-        """The strategy's own losses, already weighted."""
-        return {}
+    def refresh(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        value: Tensor,
+        chosen: TokenRange | TokenSet,
+        tokens: Tokens,
+        proposal_head: ProposalHead | None,
+        encoded: EncoderOutput,
+    ) -> Tensor:
+        """``layer`` on the ``chosen`` tokens ``x`` (B, K, C), attending over ``value`` (B, N, C)."""
+        return layer(x, chosen.position, chosen.reference, value, tokens.shapes, tokens.value_mask)
 
-    def metrics(self, encoded: EncoderOutput) -> dict[str, Tensor]:
-        """Scalars worth logging, without gradient; called after ``losses``."""
+    def losses(
+        self, encoded: EncoderOutput, decoded: DecoderOutput, tokens: Tokens, targets: list[Target]
+    ) -> dict[str, Tensor]:
+        """The method's own losses, already weighted."""
         return {}
 
 
@@ -115,11 +166,6 @@ class DeformableEncoderLayer(TransformerLayer):
         return self.ffn(self.attend(x, position, reference, value, shapes, mask))
 
 
-def clone_layers(layer: nn.Module, num_layers: int) -> nn.ModuleList:
-    """``num_layers`` independent copies; the transformer draws their initial weights."""
-    return nn.ModuleList(copy.deepcopy(layer) for _ in range(num_layers))
-
-
 class DenseEncoder(Encoder):
     """Every token attends over all tokens in every layer."""
 
@@ -127,10 +173,6 @@ class DenseEncoder(Encoder):
         super().__init__()
         self.layers = clone_layers(layer, num_layers)
 
-    def forward(self, tokens: Tokens, proposal_head: ProposalHead | None = None) -> EncoderOutput:
-        memory = tokens.features
-        for layer in self.layers:
-            memory = layer(
-                memory, tokens.position, tokens.reference_points, memory, tokens.shapes, tokens.value_mask
-            )
-        return EncoderOutput(memory=memory)
+    def steps(self, tokens, proposal_head, encoded):
+        everything = TokenRange(tokens)
+        return [(layer, everything) for layer in self.layers]

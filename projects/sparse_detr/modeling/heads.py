@@ -11,7 +11,7 @@ import math
 
 from torch import Tensor, nn
 
-from .layers import MLP
+from .layers import MLP, at_least_float32
 
 PRIOR_PROBABILITY = 0.01  # of any class at the start (RetinaNet, Sec. 4.1)
 
@@ -99,3 +99,7 @@ class DetectionHeads(nn.Module):
     def regress(self, layer: int, x: Tensor) -> Tensor:
         """(B, Q, C) -> (B, Q, 4) offsets in logit space."""
         return self.box_heads[min(layer, len(self.box_heads) - 1)](x)
+
+    def refine(self, layer: int, x: Tensor, proposals: Tensor) -> Tensor:
+        """Boxes (B, K, 4), cxcywh, of tokens (B, K, C) around proposals (B, K, 4) in logit space."""
+        return (at_least_float32(self.regress(layer, x)) + proposals).sigmoid()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .matcher import Assignment
 from .proposals import ProposalHead, ProposalQueries, Proposals, Queries, QueryGroup
 from .tokens import Tokens
 
@@ -61,7 +62,7 @@ class HybridQueries(ProposalQueries):
             first = min(self.num_queries, total)
             queries.groups = [
                 QueryGroup(first),
-                QueryGroup(total - first, "_one2many", repeat=self.repeat, weight=self.weight),
+                QueryGroup(total - first, Assignment("_one2many", repeat=self.repeat, weight=self.weight)),
             ]
             second = torch.arange(total, device=memory.device) >= first
             queries.attn_mask = second[:, None] != second  # (Q, Q)

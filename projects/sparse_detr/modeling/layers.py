@@ -1,7 +1,8 @@
-"""Small layers that every model shares: MLP, FFN, sine codes, inverse sigmoid, token scorer, neck."""
+"""Small layers that every model shares: MLP, FFN, sine codes, inverse sigmoid, neck."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -104,6 +105,11 @@ class TransformerLayer(nn.Module):
         return super().__call__(*args, **kwargs)
 
 
+def clone_layers(layer: nn.Module, num_layers: int) -> nn.ModuleList:
+    """``num_layers`` independent copies; the transformer draws their initial weights."""
+    return nn.ModuleList(copy.deepcopy(layer) for _ in range(num_layers))
+
+
 class MLP(nn.Module):
     """``num_layers`` linear layers with ReLU between them."""
 
@@ -131,43 +137,6 @@ class FFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.dropout(F.relu(self.linear1(x), inplace=True))
         return self.norm(x + self.dropout(self.linear2(hidden)))
-
-
-class TokenScorer(nn.Module):
-    """One logit per token from the token and the mean of its map.
-
-    Half of the channels stay the token's own, the other half become their mean over the map
-    (Sparse DETR, Sec. 3.1 and App. A; Focus-DETR uses the same network for each level).
-    """
-
-    def __init__(self, *, embed_dim: int):
-        super().__init__()
-        if embed_dim % 4:
-            raise ValueError(f"TokenScorer: embed_dim={embed_dim} must be a multiple of 4")
-        self.layer1 = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, embed_dim), nn.GELU())
-        self.layer2 = nn.Sequential(
-            nn.Linear(embed_dim, embed_dim // 2),
-            nn.GELU(),
-            nn.Linear(embed_dim // 2, embed_dim // 4),
-            nn.GELU(),
-            nn.Linear(embed_dim // 4, 1),
-        )
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Score (B, N, C) -> (B, N).
-
-        Args:
-            mask: (B, N) bool, True on padding that the mean leaves out; None averages all tokens,
-                as the published models do.
-        """
-        local, context = self.layer1(x).chunk(2, dim=-1)  # (B, N, C / 2) each
-        if mask is None:
-            mean = context.mean(1, keepdim=True)  # (B, 1, C / 2)
-        else:
-            total = context.masked_fill(mask[..., None], 0.0).sum(1, keepdim=True)
-            mean = total / (~mask).sum(1).clamp(min=1)[:, None, None]
-        x = torch.cat([local, mean.expand_as(local)], dim=-1)  # (B, N, C)
-        return self.layer2(x).squeeze(-1)
 
 
 class ChannelMapper(nn.Module):

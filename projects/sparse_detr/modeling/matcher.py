@@ -42,6 +42,28 @@ class Matches:
     target: Tensor
 
 
+@dataclass(frozen=True)
+class Assignment:
+    """How objects are assigned to a set of predictions, and how its losses count.
+
+    Attributes:
+        suffix: appended to the loss names, e.g. ``_0`` or ``_enc``.
+        class_agnostic: objects count as class 0 whatever they are.
+        repeat: each object may be matched by this many predictions (H-DETR's one-to-many branch)
+            and counts that often.
+        matches: the assignment where it is known without matching (denoising).
+        normalizer: multiplies the number of objects, at least 1, that the losses are divided by.
+        weight: multiplies the set's loss weights.
+    """
+
+    suffix: str = ""
+    class_agnostic: bool = False
+    repeat: int = 1
+    matches: Matches | None = None
+    normalizer: float = 1.0
+    weight: float = 1.0
+
+
 class HungarianMatcher(nn.Module):
     """Minimum-cost assignment of predictions to objects, image by image.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .backbone import fold_frozen_norms
 from .boxes import xyxy_to_cxcywh
-from .criterion import SetCriterion
+from .criterion import BatchPart, SetCriterion
 from .layers import ChannelMapper, tensor_like
 from .matcher import Target
 from .postprocess import detections
@@ -78,13 +78,16 @@ class SetDetector(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
-    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+    def forward(
+        self, batched_inputs: list[dict], part: BatchPart | None = None
+    ) -> dict[str, Tensor] | list[dict]:
         """detectron2's protocol.
 
         Args:
             batched_inputs: per image a dict with ``image`` (3, H, W), 0..255, and in training
                 ``instances`` with ``gt_boxes`` (xyxy pixels) and ``gt_classes``; in inference
                 optionally ``height`` and ``width`` of the output.
+            part: in training, where the images are a part of their batch only.
 
         Returns:
             In training, a dict of weighted losses. In inference, a list of
@@ -95,7 +98,7 @@ class SetDetector(nn.Module):
         if self.training:
             targets = self.targets(batched_inputs)
             output = self.detect(images, targets)
-            return self.losses(output, targets)
+            return self.losses(output, targets, part)
         output = self.detect(images)
         results = detections(output.logits, output.boxes, images.image_sizes, self.max_detections)
         return [
@@ -184,13 +187,15 @@ class SetDetector(nn.Module):
                 "from 0: model.num_classes (yacs: MODEL.DETR.NUM_CLASSES) must be the data set's"
             )
 
-    def losses(self, output: TransformerOutput, targets: list[Target]) -> dict[str, Tensor]:
-        """Weighted losses of the criterion and of the encoder strategy."""
-        losses = self.criterion(self.transformer.predictions(output), targets)
+    def losses(
+        self, output: TransformerOutput, targets: list[Target], part: BatchPart | None = None
+    ) -> dict[str, Tensor]:
+        """Weighted losses of the criterion and of the encoder."""
+        losses = self.criterion(self.transformer.predictions(output), targets, part)
         encoder = self.transformer.encoder
         losses.update(encoder.losses(output.encoded, output.decoded, output.tokens, targets))
         if has_event_storage():
-            for name, value in encoder.metrics(output.encoded).items():
+            for name, value in output.encoded.metrics.items():
                 get_event_storage().put_scalar(name, value)
         return losses
 

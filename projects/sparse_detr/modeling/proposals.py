@@ -9,32 +9,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from .heads import BoxHead, ClassHead
 from .layers import at_least_float32, box_code
-from .matcher import Matches
-from .tokens import Tokens, cell_centres, gather_tokens, valid_sizes
-
-BASE_SIZE = 0.05  # side of level 0's proposals, relative to the image; doubles per level
-BORDER = 0.01  # proposals must lie in (BORDER, 1 - BORDER) in all four coordinates
+from .matcher import Assignment
+from .tokens import Tokens, gather_tokens
 
 
 @dataclass
 class QueryGroup:
-    """A run of decoder queries whose predictions are assigned to objects in one way.
+    """A run of ``size`` decoder queries whose predictions are assigned to objects in one way.
 
-    ``suffix`` names the group's losses; the group without one is the detector's output. The other
-    fields are those of ``criterion.Predictions``.
+    The group without a suffix is the detector's output.
     """
 
     size: int
-    suffix: str = ""
-    repeat: int = 1
-    matches: Matches | None = None
-    normalizer: float = 1.0
-    weight: float = 1.0
+    assignment: Assignment = Assignment()
 
 
 @dataclass
@@ -67,24 +58,6 @@ class Proposals:
     logits: Tensor
     boxes: Tensor
     selected: Tensor
-
-
-def proposal_logits(tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Each token's box before the head: its cell's centre and ``0.05 * 2^l`` as width and height.
-
-    Returns:
-        (B, N, 4) cxcywh in logit space, +inf on padding and where a coordinate leaves
-        (0.01, 0.99); and (B, N) bool, True at those tokens.
-    """
-    masks = [m.unflatten(1, shape) for m, shape in zip(tokens.split_levels(tokens.mask), tokens.shapes)]
-    sizes = valid_sizes(masks).to(tokens.reference_points.dtype)  # (B, L, 2)
-    boxes = []
-    for level, centres in enumerate(cell_centres(tokens.shapes, sizes)):
-        centre = centres / sizes[:, None, level]  # (B, H_l * W_l, 2)
-        boxes.append(torch.cat([centre, torch.full_like(centre, BASE_SIZE * 2**level)], dim=-1))
-    box = torch.cat(boxes, dim=1)  # (B, N, 4)
-    invalid = ~((box > BORDER) & (box < 1 - BORDER)).all(-1) | tokens.mask
-    return torch.log(box / (1 - box)).masked_fill(invalid[..., None], float("inf")), invalid
 
 
 class ProposalHead(nn.Module):
@@ -198,11 +171,10 @@ class ProposalQueries(QuerySelection):
         self.position_norm = nn.LayerNorm(outputs)
 
     def forward(self, memory: Tensor, tokens: Tokens, head: ProposalHead) -> tuple[Queries, Proposals]:
-        proposals, invalid = proposal_logits(tokens)
-        projected = head.project(memory, invalid)
+        projected = head.project(memory, tokens.unproposed)
         logits = head.class_head(projected)  # (B, N, num_classes)
-        boxes = head.refine(projected, proposals)  # (B, N, 4)
-        selected = self.select(head.score(logits), invalid)  # (B, Q)
+        boxes = head.refine(projected, tokens.proposals)  # (B, N, 4)
+        selected = self.select(head.score(logits), tokens.unproposed)  # (B, Q)
 
         reference = gather_tokens(boxes, selected).detach().sigmoid()
         code = box_code(reference, self.num_feats)  # (B, Q, 2 * C)
@@ -234,14 +206,13 @@ class MixedQueries(QuerySelection):
         self.content = nn.Embedding(num_queries, embed_dim) if learned_content else None
 
     def forward(self, memory: Tensor, tokens: Tokens, head: ProposalHead) -> tuple[Queries, Proposals]:
-        proposals, invalid = proposal_logits(tokens)
-        projected = head.project(memory, invalid)
+        projected = head.project(memory, tokens.unproposed)
         scores = head.score(head.class_head(projected))
-        selected = self.select(scores, invalid)  # (B, Q)
+        selected = self.select(scores, tokens.unproposed)  # (B, Q)
 
         # The heads act on tokens one by one: refine and classify only the chosen ones.
         chosen = gather_tokens(projected, selected)  # (B, Q, C)
-        boxes = head.refine(chosen, gather_tokens(proposals, selected)).sigmoid()
+        boxes = head.refine(chosen, gather_tokens(tokens.proposals, selected)).sigmoid()
         logits = head.class_head(chosen)
         if self.content is None:
             content = chosen.detach()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from torch import Tensor
 from ..kernels import level_sizes
 
 LevelShapes = tuple[tuple[int, int], ...]
+
+BASE_SIZE = 0.05  # side of level 0's proposals, relative to the image; doubles per level
+BORDER = 0.01  # proposals must lie in (BORDER, 1 - BORDER) in all four coordinates
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,7 @@ class Tokens:
         position: (B, N, C) sine encoding of the cell plus the level embedding.
         mask: (B, N) bool, True on padding.
         shapes: (H, W) of each level.
-        valid_ratios: (B, L, 2) fraction (w, h) of each map that shows the image.
-        reference_points: (B, N, L, 2) centre of each token's cell, seen from every level, in
-            [0, 1] of the padded map (cells in the padding may exceed 1).
+        extents: (B, L, 2) size (w, h) of the image in cells of each level.
         has_padding: False when no image of the batch is padded, known without looking at ``mask``.
         counts: unpadded tokens of each image, where that is known without waiting for the device.
     """
@@ -41,10 +43,47 @@ class Tokens:
     position: Tensor
     mask: Tensor
     shapes: LevelShapes
-    valid_ratios: Tensor
-    reference_points: Tensor
+    extents: Tensor
     has_padding: bool
     counts: tuple[int, ...] | None = None
+
+    @cached_property
+    def valid_ratios(self) -> Tensor:
+        """(B, L, 2) fraction (w, h) of each map that shows the image."""
+        return self.extents / level_sizes(self.shapes, self.extents)
+
+    @cached_property
+    def centres(self) -> Tensor:
+        """(B, N, 2) centre of each token's cell in [0, 1] of the image; in the padding beyond 1."""
+        levels = cell_centres(self.shapes, self.extents)
+        return torch.cat(
+            [centres / self.extents[:, None, level] for level, centres in enumerate(levels)], dim=1
+        )
+
+    @cached_property
+    def reference_points(self) -> Tensor:
+        """(B, N, L, 2) where each token looks first: its own centre, in [0, 1] of each padded map."""
+        return self.centres[:, :, None] * self.valid_ratios[:, None]
+
+    @cached_property
+    def proposals(self) -> Tensor:
+        """(B, N, 4) each token's box before any head, cxcywh in logit space: its cell's centre and
+        ``0.05 * 2^l`` as width and height; +inf for ``unproposed`` tokens."""
+        box = self._boxes
+        return torch.log(box / (1 - box)).masked_fill(self.unproposed[..., None], float("inf"))
+
+    @cached_property
+    def unproposed(self) -> Tensor:
+        """(B, N) bool, True on padding and where a coordinate of the box leaves (0.01, 0.99)."""
+        return ~((self._boxes > BORDER) & (self._boxes < 1 - BORDER)).all(-1) | self.mask
+
+    @cached_property
+    def _boxes(self) -> Tensor:
+        sizes = [
+            self.centres.new_full((h * w, 2), BASE_SIZE * 2**level)
+            for level, (h, w) in enumerate(self.shapes)
+        ]
+        return torch.cat([self.centres, torch.cat(sizes).expand_as(self.centres)], dim=-1)  # (B, N, 4)
 
     @property
     def value_mask(self) -> Tensor | None:
@@ -98,70 +137,6 @@ def cell_centres(shapes: LevelShapes, like: Tensor) -> list[Tensor]:
         )
         centres.append(torch.stack([x.flatten(), y.flatten()], dim=-1))
     return centres
-
-
-def encoder_reference_points(shapes: LevelShapes, valid_ratios: Tensor) -> Tensor:
-    """Where each token looks first: its own cell, on every level.
-
-    Args:
-        valid_ratios: (B, L, 2) as (w, h).
-
-    Returns:
-        (B, N, L, 2): the centre in [0, 1] of the image, times each target level's valid ratio.
-    """
-    sizes = valid_ratios * level_sizes(shapes, valid_ratios)  # (B, L, 2)
-    points = [
-        centres / sizes[:, None, level]  # (B, H_l * W_l, 2)
-        for level, centres in enumerate(cell_centres(shapes, valid_ratios))
-    ]
-    return torch.cat(points, dim=1)[:, :, None] * valid_ratios[:, None]  # (B, N, L, 2)
-
-
-def promise_count(count: int, limit: int) -> None:
-    """Tells export tracers that ``1 <= count <= limit``, where ``count`` came out of a tensor."""
-    if not torch.jit.is_tracing():  # there, sizes are tensors, and nothing needs the promise
-        torch._check(count >= 1)
-        torch._check(count <= limit)
-
-
-def token_budgets(tokens: Tokens, keep_ratio: float) -> tuple[Tensor, int]:
-    """How many tokens each image keeps: ``int(keep_ratio * valid) + 1`` of its ``valid`` ones.
-
-    The product is rounded to float32, as published, and an image never keeps more than it has.
-
-    Returns:
-        (B,) int64 budgets and their maximum K as a Python int, without waiting for the device
-        where ``tokens.counts`` is known.
-    """
-    valid = torch.tensor(tokens.valid_counts)
-    budgets = torch.minimum((valid.float() * keep_ratio).long() + 1, valid)
-    kept = budgets.max().item()
-    promise_count(kept, tokens.mask.shape[1])
-    return budgets.to(tokens.mask.device, non_blocking=True), kept
-
-
-def visiting_order(ranked: Tensor, tokens: Tokens, prefixes: Sequence[int] = ()) -> Tensor:
-    """An order of chosen tokens in which neighbours in the image follow each other.
-
-    Neighbours sample the same values, which are then still in the cache; best first, they are
-    scattered (docs/kernels.md, "The order of kept tokens"). Tokens go by the cells of a 16x16 grid
-    over the image, the tokens of all levels together.
-
-    Args:
-        ranked: (B, K) int64, different tokens of each image.
-        prefixes: numbers k; the first k in the order are the first k of ``ranked``.
-
-    Returns:
-        (B, K) int64 rows of ``ranked``.
-    """
-    row = torch.arange(ranked.shape[1], device=ranked.device)
-    place = gather_tokens(tokens.reference_points[:, :, 0], ranked)  # (B, K, 2)
-    column_of_grid, row_of_grid = (place * 16).long().unbind(-1)  # past 16 in the padding
-    key = row_of_grid * 1024 + column_of_grid
-    for prefix in prefixes:
-        key = key + (row >= prefix) * 1024**2
-    key = key * tokens.mask.shape[1] + ranked  # all different: the same order on every device
-    return key.argsort(dim=1)
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ from .decoder import DecoderOutput, DeformableDecoder
 from .encoder import Encoder, EncoderOutput
 from .heads import DetectionHeads
 from .layers import SinePosition, TransformerLayer
-from .matcher import Target
+from .matcher import Assignment, Target
 from .proposals import ProposalHead, Proposals, QueryGroup, QuerySelection
-from .tokens import Tokens, encoder_reference_points, flatten_levels, level_sizes, valid_sizes
+from .tokens import Tokens, flatten_levels, valid_sizes
 
 
 @dataclass
@@ -42,11 +42,11 @@ class TransformerOutput:
 
 
 class DetectionTransformer(nn.Module):
-    """Base x encoder strategy.
+    """Base x encoder.
 
     Args:
-        proposal_head: two-stage head; needed by two-stage query selection and by strategies that
-            score tokens with it.
+        proposal_head: two-stage head; needed by two-stage query selection and by encoders that score
+            tokens with it.
         share_proposal_heads: the proposals use the decoder's class and box head (two-stage models
             without per-layer heads).
         denoising: makes denoising queries in training (DINO), or None.
@@ -119,15 +119,18 @@ class DetectionTransformer(nn.Module):
         masks: Sequence[Tensor],
         has_padding: bool = True,
         targets: Sequence[Target] | None = None,
+        *,
+        record: bool = False,
     ) -> TransformerOutput:
         """Detect objects in projected feature maps.
 
         Args:
             maps: per level (B, C, H_l, W_l).
-            masks: per level (B, H_l, W_l) bool, True on padding; on the CPU they spare strategies
-                that count tokens a wait for the device.
+            masks: per level (B, H_l, W_l) bool, True on padding; on the CPU they spare encoders that
+                count tokens a wait for the device.
             has_padding: False promises that no mask holds True.
             targets: objects of each image, needed for denoising in training.
+            record: keep where the decoder looked, also where the encoder does not ask for it.
         """
         tokens = self.tokenize(maps, masks, has_padding)
         encoded = self.encoder(tokens, self.proposal_head)
@@ -140,9 +143,9 @@ class DetectionTransformer(nn.Module):
             encoded.memory,
             tokens,
             self.heads,
-            record=self.training and self.encoder.needs_decoder_samples,
+            record=record or (self.training and self.encoder.needs_decoder_samples),
         )
-        detected = _slices(queries.groups)[[g.suffix for g in queries.groups].index("")]
+        detected = _slices(queries.groups)[[g.assignment.suffix for g in queries.groups].index("")]
         decoded.samples = [Samples(*(x[:, detected] for x in s)) for s in decoded.samples]
         return TransformerOutput(
             logits=decoded.logits[-1][:, detected],
@@ -162,17 +165,14 @@ class DetectionTransformer(nn.Module):
         features = flatten_levels(maps)
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
         position = torch.cat([self.position(m, dtype) + e for m, e in zip(masks, self.level_embed)], dim=1)
-        valid_ratios = valid_sizes(masks).to(dtype)  # (B, L, 2), in cells
-        valid_ratios = valid_ratios / level_sizes(shapes, valid_ratios)
         return Tokens(
             features=features,
             position=position,
             mask=flatten_levels(masks),
             shapes=shapes,
-            valid_ratios=valid_ratios,
+            extents=valid_sizes(masks).to(dtype),
             has_padding=has_padding,
             counts=counts,
-            reference_points=encoder_reference_points(shapes, valid_ratios),
         )
 
     def predictions(self, output: TransformerOutput) -> list[Predictions]:
@@ -181,28 +181,18 @@ class DetectionTransformer(nn.Module):
         last = len(output.decoded.logits) - 1
         for group, part in zip(output.groups, _slices(output.groups)):
             for layer in [last, *range(last)]:
+                suffix = group.assignment.suffix + ("" if layer == last else f"_{layer}")
+                how = replace(group.assignment, suffix=suffix)
                 sets.append(
                     Predictions(
-                        output.decoded.logits[layer][:, part],
-                        output.decoded.boxes[layer][:, part],
-                        suffix=group.suffix + ("" if layer == last else f"_{layer}"),
-                        repeat=group.repeat,
-                        matches=group.matches,
-                        normalizer=group.normalizer,
-                        weight=group.weight,
+                        output.decoded.logits[layer][:, part], output.decoded.boxes[layer][:, part], how
                     )
                 )
         if output.proposals is not None:
-            sets.append(
-                Predictions(
-                    output.proposals.logits,
-                    output.proposals.boxes,
-                    suffix="_enc",
-                    class_agnostic=self.proposal_head.class_agnostic,
-                )
-            )
+            how = Assignment("_enc", class_agnostic=self.proposal_head.class_agnostic)
+            sets.append(Predictions(output.proposals.logits, output.proposals.boxes, how))
         for suffix, (logits, boxes) in output.encoded.predictions.items():
-            sets.append(Predictions(logits, boxes, suffix=suffix))
+            sets.append(Predictions(logits, boxes, Assignment(suffix)))
         return sets
 
 

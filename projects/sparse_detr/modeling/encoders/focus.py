@@ -14,18 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..encoder import DeformableEncoderLayer, Encoder, EncoderOutput, clone_layers
-from ..layers import at_least_float32
-from ..proposals import proposal_logits
-from ..tokens import (
-    LevelShapes,
-    Tokens,
-    gather_tokens,
-    promise_count,
-    scatter_tokens,
-    token_budgets,
-    visiting_order,
-)
+from ..encoder import DeformableEncoderLayer, Encoder, EncoderOutput
+from ..layers import at_least_float32, clone_layers
+from ..selection import TokenSet, padding_last, share_of, token_budgets
+from ..tokens import LevelShapes, Tokens, gather_tokens, scatter_tokens
 from .foreground import (
     DISTANCES,
     ForegroundScorer,
@@ -156,85 +148,55 @@ class FocusEncoder(Encoder):
         self.loss_weight = loss_weight
         self.distance = distance
         self.probabilities = probabilities
-        self.running_value = running_value
+        self.running_value = running_value  # read by the loop
         self.mask_padding = mask_padding
 
-    def forward(self, tokens: Tokens, proposal_head: ProposalHead) -> EncoderOutput:
-        """Refresh the foreground of ``tokens``.
+    def steps(self, tokens, proposal_head, encoded):
+        """Layer i refreshes the best ``layer_ratios[i]`` of the foreground (Sec. 3.3)."""
+        projected = proposal_head.project(tokens.features + tokens.position, tokens.unproposed)
+        mask = tokens.value_mask if self.mask_padding else None
+        encoded.scores = self.foreground(projected, tokens, mask)  # (B, N)
+        ranking = padding_last(encoded.scores, tokens, strict=self.mask_padding)
+        encoded.budgets, kept = token_budgets(tokens, self.keep_ratio)  # (B,), K
+        encoded.selected = ranking.topk(kept, dim=1).indices  # (B, K)
+        encoded.intermediate.update(layer_counts=[], objects=[])
+        steps = []
+        for layer, ratio in zip(self.layers, self.layer_ratios):
+            count = share_of(kept, ratio)
+            own = (encoded.budgets * ratio).long().clamp(min=1) if self.mask_padding else encoded.budgets
+            steps.append((layer, TokenSet(tokens, encoded.selected[:, :count], own, ranking)))
+            encoded.intermediate["layer_counts"].append(count)
+        return steps
 
-        Returns:
-            ``scores``: the foreground logits of all tokens; ``selected``: layer i refreshed the
-            first ``intermediate["layer_counts"][i]`` of them; ``intermediate["objects"]``: per
-            layer (B, O) int64, the tokens of the object attention.
-        """
-        masked = self.mask_padding and tokens.has_padding
-        _, invalid = proposal_logits(tokens)
-        projected = proposal_head.project(tokens.features + tokens.position, invalid)
-        scores = self.foreground(projected, tokens, tokens.mask if masked else None)  # (B, N)
-
-        ranking = at_least_float32(scores.detach())
-        if tokens.has_padding:
-            lowest = torch.finfo(ranking.dtype).min if masked else ranking.min()
-            ranking = torch.where(tokens.mask, lowest, ranking)
-        budgets, kept = token_budgets(tokens, self.keep_ratio)  # (B,), K
-        counts = []
-        for ratio in self.layer_ratios:
-            counts.append(torch.tensor(kept).float().mul(ratio).long().clamp(min=1).item())
-            promise_count(counts[-1], kept)
-        selected = ranking.topk(kept, dim=1).indices  # (B, K)
-        rank = visiting_order(selected, tokens, counts)  # (B, K)
-        visited = selected.gather(1, rank)
-        foreground = ranking.gather(1, visited)
-        own = rank < budgets[:, None]
-
-        x = gather_tokens(tokens.features, visited)  # (B, K, C)
-        position = gather_tokens(tokens.position, visited)  # (B, K, C)
-        reference = gather_tokens(tokens.reference_points, visited)  # (B, K, L, 2)
-        memory = tokens.features
-        objects = []
-        for layer, ratio, count in zip(self.layers, self.layer_ratios, counts):
-            old, mine = x[:, :count], own[:, :count]
-            if masked:
-                mine = mine & (rank[:, :count] < (budgets * ratio).long().clamp(min=1)[:, None])
-            eligible = mine if masked else None
-            number = torch.sym_min(self.num_objects, count)
-            rows = self._objects(proposal_head, old, foreground[:, :count], eligible, number)
-            new = layer(
-                old,
-                position[:, :count],
-                reference[:, :count],
-                memory,
-                tokens.shapes,
-                tokens.value_mask,
-                rows,
-                ~mine.gather(1, rows) if masked else None,
-            )  # (B, count, C)
-            if tokens.has_padding:
-                new = torch.where(mine[..., None], new, old)
-            x = torch.cat([new, x[:, count:]], dim=1)
-            if self.running_value:
-                memory = scatter_tokens(tokens.features, visited, x)
-            objects.append(visited.gather(1, rows))
-        return EncoderOutput(
-            memory=scatter_tokens(tokens.features, visited, x),
-            selected=selected,
-            selected_mask=torch.arange(kept, device=own.device) < budgets[:, None],
-            scores=scores,
-            intermediate={"layer_counts": tuple(counts), "objects": objects},
+    def refresh(self, layer, x, value, chosen, tokens, proposal_head, encoded):
+        """Object tokens exchange information first (Sec. 3.4), then all attend over ``value``."""
+        own = chosen.own if self.mask_padding else None
+        objects = self.objects(x, chosen.scores, own, proposal_head)  # (B, O)
+        encoded.intermediate["objects"].append(chosen.index.gather(1, objects))
+        hidden = None if own is None else ~own.gather(1, objects)
+        return layer(
+            x,
+            chosen.position,
+            chosen.reference,
+            value,
+            tokens.shapes,
+            tokens.value_mask,
+            objects=objects,
+            object_mask=hidden,
         )
 
     @torch.no_grad()
-    def _objects(
-        self, proposal_head: ProposalHead, x: Tensor, foreground: Tensor, eligible: Tensor | None, number: int
+    def objects(
+        self, x: Tensor, foreground: Tensor, own: Tensor | None, proposal_head: ProposalHead
     ) -> Tensor:
-        """(B, number) rows of ``x`` (B, K, C) with the best class and foreground scores, best first."""
+        """(B, O) rows of ``x`` (B, K, C) with the best class and foreground scores, best first."""
         category = at_least_float32(proposal_head.score(proposal_head.class_head(x)))  # (B, K)
         if self.probabilities:
             category, foreground = category.sigmoid(), foreground.sigmoid()
         score = category * foreground
-        if eligible is not None:
-            score = score.masked_fill(~eligible, float("-inf"))
-        return score.topk(number, dim=1).indices
+        if own is not None:
+            score = score.masked_fill(~own, float("-inf"))
+        return score.topk(torch.sym_min(self.num_objects, x.shape[1]), dim=1).indices
 
     def losses(
         self, encoded: EncoderOutput, decoded: DecoderOutput, tokens: Tokens, targets: list[Target]

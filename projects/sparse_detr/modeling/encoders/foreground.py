@@ -16,7 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import sigmoid_focal_loss
 
 from ..boxes import cxcywh_to_xyxy
-from ..layers import TokenScorer, at_least_float32, tensor_like
+from ..layers import at_least_float32, tensor_like
+from ..selection import TokenScorer
 from ..tokens import LevelShapes, Tokens
 
 if TYPE_CHECKING:

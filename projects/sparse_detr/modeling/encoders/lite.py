@@ -9,17 +9,14 @@ end the low-level ones do so too, with a smaller feed-forward network.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..encoder import DeformableEncoderLayer, Encoder, EncoderOutput, clone_layers
-from ..layers import FFN
-from ..tokens import LevelShapes, Tokens
-
-if TYPE_CHECKING:
-    from ..proposals import ProposalHead
+from ..encoder import DeformableEncoderLayer, Encoder
+from ..layers import FFN, clone_layers
+from ..selection import TokenRange
+from ..tokens import LevelShapes
 
 
 class LiteEncoderLayer(DeformableEncoderLayer):
@@ -121,32 +118,26 @@ class LiteEncoder(Encoder):
         """Whether layer ``index`` refreshes all tokens, not only the high-level ones."""
         return self.low_layers is None and (index + 1) % self.layers_per_block == 0
 
-    def forward(self, tokens: Tokens, proposal_head: ProposalHead | None = None) -> EncoderOutput:
-        """Refresh all ``tokens``; the finest level comes first, so high-level tokens are last."""
-        num_low = tokens.level_starts[-self.num_high_levels]
-        low, high = slice(0, num_low), slice(num_low, None)
-        memory = tokens.features
+    def steps(self, tokens, proposal_head, encoded):
+        """Blocks of high-level updates, each closed by one that reaches the low levels (Fig. 2)."""
+        num_low = tokens.level_starts[-self.num_high_levels]  # the finest level comes first
+        everything, high = TokenRange(tokens), TokenRange(tokens, num_low)
+        low = TokenRange(tokens, 0, num_low)
+        steps = []
         for index, layer in enumerate(self.layers):
-            if self.is_global(index):
-                memory = _refresh(layer, memory, tokens, slice(None), num_low=num_low)
-                continue
-            refreshed = _refresh(layer, memory, tokens, high)
-            memory = torch.cat([memory[:, low], refreshed], dim=1)  # (B, N, C)
+            steps.append((layer, everything if self.is_global(index) else high))
             if self.low_layers is not None and (index + 1) % self.layers_per_block == 0:
-                layer = self.low_layers[index // self.layers_per_block]
-                refreshed = _refresh(layer, memory, tokens, low)
-                memory = torch.cat([refreshed, memory[:, high]], dim=1)  # (B, N, C)
-        return EncoderOutput(memory=memory)
+                steps.append((self.low_layers[index // self.layers_per_block], low))
+        return steps
 
-
-def _refresh(layer: LiteEncoderLayer, memory: Tensor, tokens: Tokens, part: slice, **options: int) -> Tensor:
-    """``layer`` on a part of the tokens, attending over all of them."""
-    return layer(
-        memory[:, part],
-        tokens.position[:, part],
-        tokens.reference_points[:, part],
-        memory,
-        tokens.shapes,
-        tokens.value_mask,
-        **options,
-    )
+    def refresh(self, layer, x, value, chosen, tokens, proposal_head, encoded):
+        num_low = tokens.level_starts[-self.num_high_levels] if chosen.start == 0 else 0
+        return layer(
+            x,
+            chosen.position,
+            chosen.reference,
+            value,
+            tokens.shapes,
+            tokens.value_mask,
+            num_low=num_low,
+        )

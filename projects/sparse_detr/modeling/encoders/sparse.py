@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ...kernels import attention_map_splat
-from ..encoder import DeformableEncoderLayer, Encoder, EncoderOutput, clone_layers
+from ..encoder import DeformableEncoderLayer, Encoder, EncoderOutput
 from ..heads import DetectionHeads
-from ..layers import TokenScorer, at_least_float32
-from ..proposals import proposal_logits
-from ..tokens import Tokens, gather_tokens, scatter_tokens, token_budgets, visiting_order
+from ..layers import clone_layers
+from ..selection import TokenRange, TokenScorer, TokenSet, padding_last, token_budgets
+from ..tokens import Tokens
 from .dam import attention_map_target, correspondence, scoring_loss
 
 if TYPE_CHECKING:
@@ -104,77 +104,35 @@ class SparseEncoder(Encoder):
     def needs_decoder_samples(self) -> bool:
         return self.keep_ratio is not None and self.scoring == "attention_map"
 
-    def forward(self, tokens: Tokens, proposal_head: ProposalHead) -> EncoderOutput:
-        """Refresh the best ``tokens``.
+    def steps(self, tokens, proposal_head, encoded):
+        """All layers refresh the same tokens: the best ``keep_ratio`` of each image."""
+        if self.keep_ratio is None:
+            chosen = TokenRange(tokens)
+        else:
+            encoded.scores = self.score(tokens, proposal_head, encoded)  # (B, N)
+            ranking = padding_last(encoded.scores, tokens, strict=self.mask_padding)
+            encoded.budgets, kept = token_budgets(tokens, self.keep_ratio)  # (B,), K
+            encoded.selected = ranking.topk(kept, dim=1).indices  # (B, K)
+            chosen = TokenSet(tokens, encoded.selected, encoded.budgets, ranking)
+            encoded.intermediate["visited"] = chosen.index
+        return [(layer, chosen) for layer in self.layers]
 
-        Returns:
-            ``scores``: the logits that rank the tokens, padding at the lowest of the batch;
-            ``selected``: (B, K) the chosen tokens, best first; ``intermediate["order"]``: (B, K)
-            the rows of ``selected`` in the order of the auxiliary predictions.
-        """
-        proposals, invalid = proposal_logits(tokens)
-        encoded = EncoderOutput(memory=tokens.features, intermediate={})
-        x, position, reference = tokens.features, tokens.position, tokens.reference_points
-        visited = keep = None
-        if self.keep_ratio is not None:
-            self._select(encoded, tokens, proposal_head, proposals, invalid)
-            order = visiting_order(encoded.selected, tokens)  # (B, K)
-            visited = encoded.selected.gather(1, order)
-            encoded.intermediate["order"] = order
-            x, position, reference, proposals = (
-                gather_tokens(part, visited) for part in (x, position, reference, proposals)
-            )  # (B, K, C), (B, K, C), (B, K, L, 2), (B, K, 4)
-            keep = encoded.selected_mask.gather(1, order) if tokens.has_padding else None
-        for index, layer in enumerate(self.layers):
-            x = layer(x, position, reference, encoded.memory, tokens.shapes, tokens.value_mask)
-            if visited is None:
-                encoded.memory = x
-            else:
-                # The first layer copies the features; inference then updates that copy.
-                encoded.memory = scatter_tokens(
-                    encoded.memory,
-                    visited,
-                    x,
-                    keep,
-                    in_place=index > 0 and not torch.is_grad_enabled(),
-                )
-            if self.training and self.heads is not None and index < self.heads.num_layers:
-                encoded.predictions[f"_enc_{index}"] = (
-                    self.heads.classify(index, x),
-                    _boxes(self.heads, index, x, proposals),
-                )
-        return encoded
-
-    def _select(
-        self,
-        encoded: EncoderOutput,
-        tokens: Tokens,
-        proposal_head: ProposalHead,
-        proposals: Tensor,
-        invalid: Tensor,
-    ) -> None:
-        """Score all tokens and choose; fills ``scores``, ``selected`` and ``selected_mask``."""
-        masked = self.mask_padding and tokens.has_padding
+    def score(self, tokens: Tokens, proposal_head: ProposalHead, encoded: EncoderOutput) -> Tensor:
+        """(B, N) logits that rank the tokens, padding at the lowest of the batch (Sec. 3.2)."""
         # paper: scores the backbone features; published code and here: their two-stage projection.
-        projected = proposal_head.project(tokens.features + tokens.position, invalid)
+        projected = proposal_head.project(tokens.features + tokens.position, tokens.unproposed)
         if self.scoring == "attention_map":
-            scores = self.scorer(projected, tokens.mask if masked else None)  # (B, N)
+            scores = self.scorer(projected, tokens.value_mask if self.mask_padding else None)
         else:
             logits = self.scorer.classify(0, projected)  # (B, N, num_classes)
-            scores = logits.detach().amax(-1)  # (B, N)
+            scores = logits.detach().amax(-1)
             if self.training:
-                boxes = _boxes(self.scorer, 0, projected, proposals)
+                boxes = self.scorer.refine(0, projected, tokens.proposals)
                 encoded.predictions["_backbone"] = logits, boxes
-        if tokens.has_padding:
-            # The gradient of padded tokens goes to the lowest score, as published.
-            scores = torch.where(tokens.mask, scores.min(), scores)
-        budgets, kept = token_budgets(tokens, self.keep_ratio)  # (B,), K
-        ranking = at_least_float32(scores.detach())
-        if masked:
-            ranking = ranking.masked_fill(tokens.mask, float("-inf"))
-        encoded.scores = scores
-        encoded.selected = ranking.topk(kept, dim=1).indices  # (B, K)
-        encoded.selected_mask = torch.arange(kept, device=budgets.device) < budgets[:, None]
+        if not tokens.has_padding:
+            return scores
+        # The gradient of padded tokens goes to the lowest score, as published.
+        return torch.where(tokens.mask, scores.min(), scores)
 
     def losses(
         self, encoded: EncoderOutput, decoded: DecoderOutput, tokens: Tokens, targets: list[Target]
@@ -188,20 +146,9 @@ class SparseEncoder(Encoder):
             tokens.shapes,
         )  # (B, N)
         target = attention_map_target(attention_map, tokens.mask, encoded.selected_mask)
-        encoded.intermediate.update(
-            attention_map=attention_map,
-            target=target,
-            correspondence=correspondence(attention_map, encoded.selected, tokens.shapes),
-        )
+        encoded.intermediate.update(attention_map=attention_map, target=target)
+        # The share of the decoder's attention on the kept tokens, of all levels and of each.
+        shares = correspondence(attention_map, encoded.selected, tokens.shapes)
+        encoded.metrics.update({f"corr_mask_attn_map_dec_{name}": share for name, share in shares.items()})
         loss = scoring_loss(encoded.scores, target, tokens.mask if self.mask_padding else None)
         return {"loss_mask_prediction": self.loss_weight * loss}
-
-    def metrics(self, encoded: EncoderOutput) -> dict[str, Tensor]:
-        """Share of the decoder's attention on the kept tokens, of all levels and of each."""
-        shares = encoded.intermediate.get("correspondence", {})
-        return {f"corr_mask_attn_map_dec_{name}": share for name, share in shares.items()}
-
-
-def _boxes(heads: DetectionHeads, layer: int, x: Tensor, proposals: Tensor) -> Tensor:
-    """Boxes (B, K, 4) of tokens (B, K, C) around their proposals (B, K, 4) in logit space."""
-    return (at_least_float32(heads.regress(layer, x)) + proposals).sigmoid()

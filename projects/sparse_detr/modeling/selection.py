@@ -1,0 +1,170 @@
+"""Choosing tokens: scores, how many of them an image keeps, and how a layer takes them out.
+
+What the encoders that refresh a part of the tokens share; a paper's own ranking is in its file.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .layers import at_least_float32
+from .tokens import Tokens, gather_tokens, scatter_tokens
+
+
+class TokenScorer(nn.Module):
+    """One logit per token from the token and the mean of its map.
+
+    Half of the channels stay the token's own, the other half become their mean over the map
+    (the scoring network of Sparse DETR, Sec. 3.2; Focus-DETR has the same for each level).
+    """
+
+    def __init__(self, *, embed_dim: int):
+        super().__init__()
+        if embed_dim % 4:
+            raise ValueError(f"TokenScorer: embed_dim={embed_dim} must be a multiple of 4")
+        self.layer1 = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, embed_dim), nn.GELU())
+        self.layer2 = nn.Sequential(
+            nn.Linear(embed_dim, embed_dim // 2),
+            nn.GELU(),
+            nn.Linear(embed_dim // 2, embed_dim // 4),
+            nn.GELU(),
+            nn.Linear(embed_dim // 4, 1),
+        )
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Score (B, N, C) -> (B, N).
+
+        Args:
+            mask: (B, N) bool, True on padding that the mean leaves out; None averages all tokens,
+                as the published models do.
+        """
+        local, context = self.layer1(x).chunk(2, dim=-1)  # (B, N, C / 2) each
+        if mask is None:
+            mean = context.mean(1, keepdim=True)  # (B, 1, C / 2)
+        else:
+            total = context.masked_fill(mask[..., None], 0.0).sum(1, keepdim=True)
+            mean = total / (~mask).sum(1).clamp(min=1)[:, None, None]
+        x = torch.cat([local, mean.expand_as(local)], dim=-1)  # (B, N, C)
+        return self.layer2(x).squeeze(-1)
+
+
+def padding_last(scores: Tensor, tokens: Tokens, strict: bool) -> Tensor:
+    """A ranking (B, N) from ``scores`` (B, N), without gradient, that puts padding at the end.
+
+    Args:
+        strict: behind every other token; otherwise level with the batch's lowest score, as published.
+    """
+    scores = at_least_float32(scores.detach())
+    if not tokens.has_padding:
+        return scores
+    return torch.where(tokens.mask, torch.finfo(scores.dtype).min if strict else scores.min(), scores)
+
+
+def promise_count(count: int, limit: int) -> None:
+    """Tells export tracers that ``1 <= count <= limit``, where ``count`` came out of a tensor."""
+    if not torch.jit.is_tracing():  # there, sizes are tensors, and nothing needs the promise
+        torch._check(count >= 1)
+        torch._check(count <= limit)
+
+
+def token_budgets(tokens: Tokens, keep_ratio: float) -> tuple[Tensor, int]:
+    """How many tokens each image keeps: ``int(keep_ratio * valid) + 1`` of its ``valid`` ones.
+
+    The product is rounded to float32, as published, and an image never keeps more than it has.
+
+    Returns:
+        (B,) int64 budgets and their maximum K as a Python int, without waiting for the device
+        where ``tokens.counts`` is known.
+    """
+    valid = torch.tensor(tokens.valid_counts)
+    budgets = torch.minimum((valid.float() * keep_ratio).long() + 1, valid)
+    kept = budgets.max().item()
+    promise_count(kept, tokens.mask.shape[1])
+    return budgets.to(tokens.mask.device, non_blocking=True), kept
+
+
+def share_of(count: int, ratio: float) -> int:
+    """``int(ratio * count)`` rounded to float32, as published, but at least 1."""
+    share = torch.tensor(count).float().mul(ratio).long().clamp(min=1).item()
+    promise_count(share, count)
+    return share
+
+
+class TokenRange:
+    """The tokens ``start`` to ``stop`` of every image: whole levels, or all of them."""
+
+    def __init__(self, tokens: Tokens, start: int = 0, stop: int | None = None):
+        self.start, self.stop = start, stop
+        self.position = self.gather(tokens.position)  # (B, K, C)
+        self.reference = self.gather(tokens.reference_points)  # (B, K, L, 2)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(B, N, ...) -> (B, K, ...)."""
+        return x[:, self.start : self.stop]
+
+    def scatter(self, x: Tensor, update: Tensor, in_place: bool = False) -> Tensor:
+        """``x`` (B, N, C) with ``update`` (B, K, C) in the place of these tokens."""
+        if self.start == 0 and self.stop is None:
+            return update
+        parts = [x[:, : self.start], update]
+        return torch.cat(parts if self.stop is None else [*parts, x[:, self.stop :]], dim=1)
+
+
+class TokenSet:
+    """Chosen tokens, different ones in every image of a batch.
+
+    A batch is computed with as many tokens as its largest image keeps. What a smaller image has
+    beyond its own budget is computed with the others, but never written back.
+
+    Args:
+        ranked: (B, K) int64, tokens of each image, best first.
+        budgets: (B,) int64, how many of them are the image's own.
+        ranking: (B, N), what they were ranked by.
+
+    Attributes:
+        index: (B, K) int64, the tokens in the order in which they are visited.
+        own: (B, K) bool, True for the image's own; None where all are.
+        scores: (B, K) their ``ranking``.
+        position, reference: (B, K, C) and (B, K, L, 2).
+    """
+
+    def __init__(self, tokens: Tokens, ranked: Tensor, budgets: Tensor, ranking: Tensor):
+        order = visiting_order(ranked, tokens)  # (B, K)
+        self.index = ranked.gather(1, order)
+        self.own = order < budgets[:, None] if tokens.has_padding else None
+        self.scores = ranking.gather(1, self.index)
+        self.position = self.gather(tokens.position)
+        self.reference = self.gather(tokens.reference_points)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(B, N, ...) -> (B, K, ...)."""
+        return gather_tokens(x, self.index)
+
+    def scatter(self, x: Tensor, update: Tensor, in_place: bool = False) -> Tensor:
+        """``x`` (B, N, C) with ``update`` (B, K, C) in the place of each image's own tokens.
+
+        Args:
+            in_place: write into ``x`` itself; not where autograd still needs it.
+        """
+        return scatter_tokens(x, self.index, update, self.own, in_place=in_place)
+
+
+def visiting_order(ranked: Tensor, tokens: Tokens) -> Tensor:
+    """An order of chosen tokens in which neighbours in the image follow each other.
+
+    Neighbours sample the same values, which are then still in the cache; best first, they are
+    scattered (docs/kernels.md, "The order of kept tokens"). Tokens go by the cells of a 16x16 grid
+    over the image, the tokens of all levels together.
+
+    Args:
+        ranked: (B, K) int64, different tokens of each image.
+
+    Returns:
+        (B, K) int64 rows of ``ranked``.
+    """
+    place = gather_tokens(tokens.reference_points[:, :, 0], ranked)  # (B, K, 2)
+    column_of_grid, row_of_grid = (place * 16).long().unbind(-1)  # past 16 in the padding
+    key = row_of_grid * 1024 + column_of_grid
+    key = key * tokens.mask.shape[1] + ranked  # all different: the same order on every device
+    return key.argsort(dim=1)
