@@ -6,14 +6,14 @@ from .criterion import Predictions, SetCriterion
 from .decoder import DecoderOutput, DeformableDecoder, DeformableDecoderLayer
 from .denoising import ContrastiveDenoising
 from .encoder import DeformableEncoderLayer, DenseEncoder, Encoder, EncoderOutput
+from .encoders.key_aware import KeyAwareDeformAttn
+from .encoders.lite import LiteEncoder, LiteEncoderLayer
 from .heads import DetectionHeads
 from .hybrid import HybridQueries
 from .layers import ChannelMapper, SinePosition
 from .matcher import HungarianMatcher, Target
 from .meta_arch import DINO, DeformableDETR, FocusDETR, LiteDETR, SetDetector, SparseDETR
 from .proposals import LearnedQueries, MixedQueries, ProposalHead, ProposalQueries
-from .encoders.key_aware import KeyAwareDeformAttn
-from .encoders.lite import LiteEncoder, LiteEncoderLayer
 from .tokens import Tokens
 from .transformer import DetectionTransformer, TransformerOutput
 
