@@ -28,4 +28,4 @@ test: install
 
 clean:
 	rm -rf build dist projects/*.egg-info .pytest_cache .ruff_cache
-	find kernels configs projects tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	find benchmarks kernels configs projects tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

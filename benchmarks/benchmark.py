@@ -17,7 +17,6 @@ turns; a ratio is the median over rounds, with its quartiles in brackets. Measur
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -26,12 +25,13 @@ import warnings
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message=r"`torch\.jit\.")  # detectron2's import
-if importlib.util.find_spec("sparse_detr") is None:  # run from a checkout that is not installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "projects"))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "projects"), str(ROOT)]
 
 import torch  # noqa: E402
-from bench import ops  # noqa: E402
-from bench.timing import Timing, markdown, milliseconds  # noqa: E402
+
+from benchmarks import ops  # noqa: E402
+from benchmarks.timing import Timing, markdown, milliseconds  # noqa: E402
 
 KINDS = ("dense", "high levels", "30 %", "10 %", "decoder 900", "decoder 300")
 
@@ -152,7 +152,7 @@ def benchmark_ops(args: argparse.Namespace) -> tuple[str, list[dict]]:
 
 
 def benchmark_models(args: argparse.Namespace) -> tuple[str, list[dict]]:
-    from bench import models  # needs detectron2, which `op` does not
+    from benchmarks import models  # needs detectron2, which `op` does not
 
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
     contenders = [models.ours(text, args.device) for text in args.models]

@@ -166,6 +166,7 @@ def jobs(page: Path, only: str = "") -> Iterator[Job]:
 def prepare(folder: Path) -> None:
     """Makes the small checkout and everything that the docs name beside it."""
     names = (
+        "benchmarks",
         "configs",
         "docs",
         "kernels",

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def benchmark(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-W", "ignore", ROOT / "tools" / "benchmark.py", *arguments],
+        [sys.executable, "-W", "ignore", ROOT / "benchmarks" / "benchmark.py", *arguments],
         capture_output=True,
         text=True,
         timeout=300,

@@ -4,18 +4,15 @@ tests/run_docs.py runs all."""
 import ast
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 
 from sparse_detr.config import apply_overrides, get_config, list_configs, load_config
+from tests import run_docs
+from tests.run_docs import PAGES
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import run_docs  # noqa: E402
-from run_docs import PAGES  # noqa: E402
 
 PYTHON = re.compile(r"(\S*/)?python3?")
 ONE_PER_FOLDER = {name.split("/")[0]: name for name in list_configs()}.values()

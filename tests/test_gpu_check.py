@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "tools" / "gpu_check.sh"
+SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
 
 
 def rehearse(target, *arguments):

@@ -20,11 +20,12 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "projects")]
+sys.path[:0] = [str(ROOT / "projects"), str(ROOT)]
 
 import torch  # noqa: E402
-from replay import find_replay  # noqa: E402
-from replay.case import Case  # noqa: E402
+
+from tests.parity.replay import find_replay  # noqa: E402
+from tests.parity.replay.case import Case  # noqa: E402
 
 
 def find_cases(paths: list[str]) -> list[Path]:

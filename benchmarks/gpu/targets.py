@@ -16,12 +16,12 @@ import sys
 import time
 from pathlib import Path
 
-TOOLS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TOOLS), str(TOOLS.parent / "projects")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "projects"), str(ROOT)]
 
 import torch  # noqa: E402
-from bench import ops  # noqa: E402
 
+from benchmarks import ops  # noqa: E402
 from sparse_detr.kernels import ms_deform_attn, status  # noqa: E402
 
 CALLS, SETS = 20, 4

@@ -3,7 +3,6 @@
 Needs nvcc, not a GPU. What the kernels compute is tested in test_cuda_on_cpu.py.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -14,13 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import cuda_report
+
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "kernels" / "csrc" / "cuda"
 
-spec = importlib.util.spec_from_file_location("cuda_report", ROOT / "tools" / "cuda_report.py")
-cuda_report = importlib.util.module_from_spec(spec)
-sys.modules["cuda_report"] = cuda_report  # dataclasses look their module up
-spec.loader.exec_module(cuda_report)
 
 needs_nvcc = pytest.mark.skipif(
     cuda_report.find_nvcc() is None, reason="no CUDA compiler (nvcc) on this machine"
@@ -37,7 +34,7 @@ def compiled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda")
     command = [
         sys.executable,
-        ROOT / "tools" / "cuda_report.py",
+        ROOT / "benchmarks" / "cuda_report.py",
         "--arch",
         "80",
         "90",

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
+from tests.parity.replay import find_replay
+from tests.parity.replay.case import Case
 
-from replay import find_replay  # noqa: E402
-from replay.case import Case  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
+
 
 CASES = sorted(p for p in (Path(__file__).parent / "cases").rglob("*.json") if p.with_suffix(".npz").exists())
 

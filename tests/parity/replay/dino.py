@@ -12,10 +12,10 @@ from torch import Tensor
 from sparse_detr.config import get_config
 from sparse_detr.modeling import ContrastiveDenoising
 from sparse_detr.modeling.denoising import Noise
+from sparse_detr.modeling.encoders.foreground import foreground_loss, foreground_targets
 from sparse_detr.modeling.matcher import Target
 from sparse_detr.modeling.postprocess import detections
 from sparse_detr.modeling.proposals import Queries, QueryGroup
-from sparse_detr.modeling.encoders.foreground import foreground_loss, foreground_targets
 
 from . import recipe
 from .case import Case, Replay

@@ -1,0 +1,1 @@
+"""Paired measurements: contenders of one task take turns in one process."""
