@@ -155,7 +155,7 @@ def key_aware_weights(query: Tensor, key: Tensor, shapes: Shapes, locations: Ten
 def attention_map_splat(
     locations: Tensor | Sequence[Tensor], weights: Tensor | Sequence[Tensor], shapes: Shapes
 ) -> Tensor:
-    """How much attention each token receives (Sparse DETR, arXiv 2111.14330, section 3.2).
+    """How much attention each token receives (Sparse DETR, arXiv 2111.14330, section 3.3).
 
     Spreads every attention weight over the four tokens around its sampling location and sums over
     layers, queries, heads and points. Column = x * W and row = y * H, without the half-pixel shift

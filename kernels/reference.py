@@ -2,7 +2,7 @@
 path that works everywhere (any device, any dtype, ONNX export, differentiable to any order).
 
 Sources: Deformable DETR (arXiv 2010.04159) eq. 3; Lite DETR (arXiv 2303.07335) section 3.4 for the
-key-aware form; Sparse DETR (arXiv 2111.14330) section 3.2 for the decoder attention map.
+key-aware form; Sparse DETR (arXiv 2111.14330) section 3.3 for the decoder attention map.
 
 Letters: B images, N tokens of all levels, Q queries, M heads, D channels per head, L levels,
 P points. `shapes` holds (H, W) of each level as Python ints; tokens are row-major inside a level,

@@ -7,6 +7,5 @@ from ..encoders.sparse import encoder as _encoder
 from .dino_r50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 
 train.output_dir = "./output/sparse_dino_r50_4scale_12ep"
-_encoder.layer = model.transformer.encoder.layer
 _encoder.keep_ratio = 0.3
 model.transformer.encoder = _encoder

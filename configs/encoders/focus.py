@@ -18,7 +18,7 @@ encoder = L(FocusEncoder)(
             embed_dim="${model.transformer.embed_dim}",
             num_heads="${model.transformer.decoder.layer.num_heads}",
             num_levels="${model.transformer.num_levels}",
-            num_points=4,
+            num_points="${model.transformer.decoder.layer.cross_attention.num_points}",
         ),
         embed_dim="${model.transformer.embed_dim}",
         num_heads="${model.transformer.decoder.layer.num_heads}",

@@ -1,13 +1,25 @@
-"""Sparse DETR's encoder, for any two-stage base: ``model.transformer.encoder = encoder``."""
+"""Sparse DETR's encoder, for any two-stage base: ``model.transformer.encoder = encoder``.
+
+Layers follow the base's decoder in width, heads, points and dropout.
+"""
 
 from detectron2.config import LazyCall as L
 
+from sparse_detr.modeling import DeformableEncoderLayer, MSDeformAttn
 from sparse_detr.modeling.encoders.sparse import SparseEncoder
 
-from ..models.deformable_detr import model as base
-
 encoder = L(SparseEncoder)(
-    layer=base.transformer.encoder.layer,
+    layer=L(DeformableEncoderLayer)(
+        attention=L(MSDeformAttn)(
+            embed_dim="${model.transformer.embed_dim}",
+            num_heads="${model.transformer.decoder.layer.num_heads}",
+            num_levels="${model.transformer.num_levels}",
+            num_points="${model.transformer.decoder.layer.cross_attention.num_points}",
+        ),
+        embed_dim="${model.transformer.embed_dim}",
+        ffn_dim="${model.transformer.decoder.layer.ffn_dim}",
+        dropout="${model.transformer.decoder.layer.dropout}",
+    ),
     num_layers=6,
     keep_ratio=0.3,
     embed_dim="${model.transformer.embed_dim}",

@@ -9,7 +9,6 @@ from ..encoders.sparse import encoder as _encoder
 from .deformable_detr_r50_custom import data, dataloader, lr_multiplier, model, optimizer, train
 
 model._target_ = SparseDETR
-_encoder.layer = model.transformer.encoder.layer
 _encoder.num_layers = model.transformer.encoder.num_layers
 model.transformer.encoder = _encoder
 

@@ -6,7 +6,6 @@ from ..encoders.sparse import encoder as _encoder
 from .deformable_detr_shapes import data, dataloader, lr_multiplier, model, optimizer, train
 
 model._target_ = SparseDETR
-_encoder.layer = model.transformer.encoder.layer
 _encoder.num_layers = model.transformer.encoder.num_layers
 _encoder.keep_ratio = 0.3
 model.transformer.encoder = _encoder

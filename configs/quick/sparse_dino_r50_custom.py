@@ -3,7 +3,6 @@
 from ..encoders.sparse import encoder as _encoder
 from .dino_r50_custom import data, dataloader, lr_multiplier, model, optimizer, train
 
-_encoder.layer = model.transformer.encoder.layer
 _encoder.num_layers = model.transformer.encoder.num_layers
 # On small data AP .356 and .381 with them, .436 without, one run each (docs/benchmarks).
 _encoder.auxiliary_heads = False

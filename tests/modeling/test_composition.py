@@ -21,7 +21,7 @@ ENCODERS = {  # and a loss that only this encoder has, if any
 }
 
 
-def compose(base, encoder, key_aware=None):
+def composed(base, encoder, key_aware=None):
     """The base's model config with the encoder's config in the encoder's place.
 
     ``key_aware``: whether the decoder's attention is; by default together with Lite DETR's encoder.
@@ -32,8 +32,37 @@ def compose(base, encoder, key_aware=None):
     if encoder == "lite" if key_aware is None else key_aware:
         attention = get_config("encoders/lite.py").attention
         model.transformer.decoder.layer.cross_attention = attention
+    return model
+
+
+def compose(base, encoder, key_aware=None):
     torch.manual_seed(0)
-    return reveal(instantiate(shrink(model)))
+    return reveal(instantiate(shrink(composed(base, encoder, key_aware))))
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("base", BASES)
+def test_encoder_layers_are_as_the_bases_decoder_layers(base, encoder):
+    """In full size: a number copied from another base would hide in a shrunk model."""
+    transformer = composed(base, encoder).transformer
+    encoder_layer, decoder_layer = (
+        instantiate(transformer.encoder.layer),
+        instantiate(transformer.decoder.layer),
+    )
+
+    def numbers(layer, attention):
+        return {
+            "embed_dim": layer.ffn.linear1.in_features,
+            "ffn_dim": layer.ffn.linear1.out_features,
+            "dropout": {part.p for part in layer.modules() if isinstance(part, torch.nn.Dropout)},
+            "heads": {part.num_heads for part in layer.modules() if hasattr(part, "num_heads")},
+            "points": attention.num_points,
+            "levels": attention.num_levels,
+        }
+
+    assert numbers(encoder_layer, encoder_layer.attention) == numbers(
+        decoder_layer, decoder_layer.cross_attention
+    )
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)

@@ -67,12 +67,12 @@ def test_without_noise_every_match_is_the_object_itself():
     queries = detection_queries(3)
     out = denoising(queries, targets)
     group = out.groups[0]
-    assert (group.size, group.suffix, group.normalizer) == (2 * 3 * 3, "_dn", 3)
+    assert (group.size, group.assignment.suffix, group.assignment.normalizer) == (2 * 3 * 3, "_dn", 3)
     assert out.groups[1:] == queries.groups
     assert_close(out.content[:, group.size :], queries.content)
     assert_close(out.reference[:, group.size :], queries.reference)
 
-    matches = group.matches
+    matches = group.assignment.matches
     assert len(matches.query) == 3 * 5  # every object once per group
     labels = torch.cat([t.labels for t in targets])[matches.target]
     boxes = torch.cat([t.boxes for t in targets])[matches.target]
@@ -161,8 +161,8 @@ def test_without_objects_the_graph_stays_the_same():
     denoising = make()
     queries = detection_queries(2)
     out = denoising(queries, objects(0, 0))
-    assert out.groups[0].size == 0 and out.groups[0].suffix == "_dn"
-    assert out.groups[0].normalizer == 1 and out.attn_mask is None
+    assert out.groups[0].size == 0 and out.groups[0].assignment.suffix == "_dn"
+    assert out.groups[0].assignment.normalizer == 1 and out.attn_mask is None
     assert torch.equal(out.content, queries.content)
     out.content.sum().backward()
     assert (denoising.label_embed.weight.grad == 0).all()
@@ -177,7 +177,7 @@ def test_no_step_needs_the_values_of_a_tensor(counts):
     groups = denoising.num_groups(max(counts))
     assert out.content.shape == (len(counts), 2 * groups * max(counts) + DETECTIONS, DIM)
     assert out.reference.shape[:2] == out.content.shape[:2]
-    assert len(out.groups[0].matches.query) == groups * sum(counts)
+    assert len(out.groups[0].assignment.matches.query) == groups * sum(counts)
 
 
 def test_an_unknown_flavour_is_refused():

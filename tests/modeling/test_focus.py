@@ -180,8 +180,8 @@ def test_the_order_of_visits_changes_nothing(monkeypatch, settings):
 
     by_place = run()
     monkeypatch.setattr(
-        "sparse_detr.modeling.encoders.focus.visiting_order",
-        lambda ranked, tokens, prefixes: torch.arange(ranked.shape[1]).expand_as(ranked),
+        "sparse_detr.modeling.selection.visiting_order",
+        lambda ranked, tokens: torch.arange(ranked.shape[1]).expand_as(ranked),
     )
     best_first = run()
     assert torch.equal(by_place.selected, best_first.selected)
@@ -213,7 +213,7 @@ def test_two_unlikely_factors_make_a_likely_object_only_as_logits():
         x = torch.zeros(1, 2, 32)
         x[0, :, 0] = torch.tensor([2.0, -4.0])
         foreground = torch.tensor([[3.0, -5.0]])
-        chosen[probabilities] = int(encoder._objects(head, x, foreground, None, 1))
+        chosen[probabilities] = int(encoder.objects(x, foreground, None, head))
     assert chosen == {False: 1, True: 0}
 
 

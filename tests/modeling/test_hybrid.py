@@ -44,7 +44,7 @@ def test_the_published_sizes():
 def test_training_has_both_groups_and_inference_the_first():
     model = hybrid()
     _, output = train(model)
-    assert [(g.size, g.suffix, g.repeat) for g in output.groups] == [
+    assert [(g.size, g.assignment.suffix, g.assignment.repeat) for g in output.groups] == [
         (FIRST, "", 1),
         (SECOND, "_one2many", REPEAT),
     ]
@@ -97,10 +97,10 @@ def test_every_object_is_matched_several_times_in_the_second_group():
     model = hybrid()
     targets, output = train(model)
     sets = model.transformer.predictions(output)
-    assert [p.suffix for p in sets] == ["", "_0", "_one2many", "_one2many_0", "_enc"]
+    assert [p.assignment.suffix for p in sets] == ["", "_0", "_one2many", "_one2many_0", "_enc"]
     for prediction, match in zip(sets, model.criterion.match(sets, targets)):
-        repeat = prediction.repeat
-        assert repeat == (REPEAT if "one2many" in prediction.suffix else 1)
+        repeat = prediction.assignment.repeat
+        assert repeat == (REPEAT if "one2many" in prediction.assignment.suffix else 1)
         # an image has 12 queries in the group: enough for 2 * 6 objects, not for 3 * 6
         first = match.target[match.batch == 0] % 2
         assert first.bincount().tolist() == [repeat] * 2
@@ -163,7 +163,7 @@ def test_images_with_fewer_tokens_than_queries(size):
 def test_without_a_second_group_it_is_a_plain_detector():
     model = hybrid(num_one_to_many=0)
     _, output = train(model)
-    assert [g.suffix for g in output.groups] == [""]
+    assert [g.assignment.suffix for g in output.groups] == [""]
 
 
 def test_published_contents_are_recognised():

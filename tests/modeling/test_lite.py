@@ -15,7 +15,7 @@ from sparse_detr.modeling import (
     LiteEncoderLayer,
     MSDeformAttn,
 )
-from sparse_detr.modeling.tokens import Tokens, encoder_reference_points, flatten_levels
+from sparse_detr.modeling.tokens import Tokens, flatten_levels
 
 from .tiny import sample, shrink, total_losses
 
@@ -53,16 +53,14 @@ def tokens(shapes=SHAPES, batch=2, seed=0, grow=(0, 0)):
         masks[-1][:, :h, :w] = False
         maps.append(torch.randn(batch, 2 * WIDTH, *size).double())
         maps[-1][:, :, :h, :w] = part
-    ratios = torch.tensor([[w / v, h / u] for (h, w), (u, v) in zip(shapes, padded)]).double()
-    ratios = ratios.expand(batch, -1, -1)
+    extents = torch.tensor([[w, h] for h, w in shapes]).double().expand(batch, -1, -1)
     features, position = flatten_levels(maps).chunk(2, dim=-1)
     return Tokens(
         features=features,
         position=position,
         mask=flatten_levels(masks),
         shapes=padded,
-        valid_ratios=ratios,
-        reference_points=encoder_reference_points(padded, ratios),
+        extents=extents,
         has_padding=grow != (0, 0),
     )
 

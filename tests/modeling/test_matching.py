@@ -8,7 +8,7 @@ from torchvision.ops import generalized_box_iou, sigmoid_focal_loss
 
 from sparse_detr.modeling.boxes import cxcywh_to_xyxy, giou, pairwise_giou, xyxy_to_cxcywh
 from sparse_detr.modeling.criterion import Predictions, SetCriterion
-from sparse_detr.modeling.matcher import HungarianMatcher, Matches, Target
+from sparse_detr.modeling.matcher import Assignment, HungarianMatcher, Matches, Target
 
 
 def random_boxes(*shape, seed=0):
@@ -142,20 +142,22 @@ def test_prediction_sets_differ_in_how_objects_are_assigned():
     targets = make_targets(2, 1)
     logits, boxes = torch.randn(2, 9, 4), random_boxes(2, 9).float()
     sets = [
-        Predictions(logits, boxes, suffix="_enc", class_agnostic=True),
-        Predictions(logits, boxes, suffix="_many", repeat=3, weight=0.5),
+        Predictions(logits, boxes, Assignment("_enc", class_agnostic=True)),
+        Predictions(logits, boxes, Assignment("_many", repeat=3, weight=0.5)),
         Predictions(
             logits,
             boxes,
-            suffix="_dn",
-            normalizer=4.0,
-            matches=Matches(*(torch.tensor(x) for x in ([0, 1], [4, 2], [1, 2]))),
+            Assignment(
+                "_dn",
+                normalizer=4.0,
+                matches=Matches(*(torch.tensor(x) for x in ([0, 1], [4, 2], [1, 2]))),
+            ),
         ),
     ]
     one, many, known = criterion.match(sets, targets)
-    assert len(one.query) == 3 and len(many.query) == 9 and known is sets[2].matches
+    assert len(one.query) == 3 and len(many.query) == 9 and known is sets[2].assignment.matches
     losses = criterion(sets, targets)
-    assert set(losses) == {f"loss_{k}{s.suffix}" for k in ("class", "bbox", "giou") for s in sets}
+    assert set(losses) == {f"loss_{k}{s.assignment.suffix}" for k in ("class", "bbox", "giou") for s in sets}
     labels = [Target(torch.zeros_like(t.labels), t.boxes, t.size) for t in targets]
     expected = reference_losses(logits, boxes, labels, one)[0]
     torch.testing.assert_close(losses["loss_class_enc"], 2 * expected)

@@ -105,11 +105,11 @@ def test_the_order_of_visits_changes_nothing(monkeypatch):
 
     by_place = run()
     monkeypatch.setattr(
-        "sparse_detr.modeling.encoders.sparse.visiting_order",
+        "sparse_detr.modeling.selection.visiting_order",
         lambda ranked, tokens: torch.arange(ranked.shape[1]).expand_as(ranked),
     )
     best_first = run()
-    assert not torch.equal(*(each[2].intermediate["order"] for each in (by_place, best_first)))
+    assert not torch.equal(*(each[2].kept.index for each in (by_place, best_first)))
     assert torch.equal(by_place[2].selected, best_first[2].selected)
     assert torch.equal(by_place[2].selected_mask, best_first[2].selected_mask)
     torch.testing.assert_close(by_place[2].memory, best_first[2].memory)

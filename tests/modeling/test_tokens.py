@@ -2,18 +2,24 @@
 
 import torch
 
+from sparse_detr.modeling.selection import visiting_order
 from sparse_detr.modeling.tokens import (
     Tokens,
-    encoder_reference_points,
     flatten_levels,
     gather_tokens,
     level_starts,
     scatter_tokens,
     valid_sizes,
-    visiting_order,
 )
 
 SHAPES = ((4, 6), (2, 3), (1, 2))
+
+
+def bare_tokens(shapes, extents):
+    """Tokens of the given geometry, without content or padding."""
+    number = sum(h * w for h, w in shapes)
+    features, mask = torch.zeros(2, number, 1), torch.zeros(2, number, dtype=torch.bool)
+    return Tokens(features, features, mask, shapes, extents, has_padding=False)
 
 
 def test_levels_are_concatenated_finest_first_and_row_major():
@@ -35,15 +41,15 @@ def test_valid_sizes_count_unpadded_columns_and_rows():
 
 
 def test_reference_points_are_cell_centres_of_the_image_scaled_to_each_level():
-    ratios = torch.tensor([[[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]], [[0.5, 0.75], [2 / 3, 0.5], [0.5, 1.0]]])
-    points = encoder_reference_points(SHAPES, ratios)
+    extents = torch.tensor([[[6.0, 4.0], [3.0, 2.0], [2.0, 1.0]], [[3.0, 3.0], [2.0, 1.0], [1.0, 1.0]]])
+    points = bare_tokens(SHAPES, extents).reference_points
     assert points.shape == (2, 32, 3, 2)
     # Unpadded image: the centre of row 1, column 2 of level 0, the same seen from every level.
     torch.testing.assert_close(points[0, 8], torch.tensor([[2.5 / 6, 1.5 / 4]]).expand(3, 2))
     # Padded image: the same cell is further into the image (3 x 3 valid cells), and each level
     # sees it in units of its own padded map.
     centre = torch.tensor([2.5 / 3, 1.5 / 3])
-    torch.testing.assert_close(points[1, 8], centre * ratios[1])
+    torch.testing.assert_close(points[1, 8], centre * torch.tensor([[0.5, 0.75], [2 / 3, 0.5], [0.5, 1.0]]))
 
 
 def test_gather_and_scatter_touch_only_the_kept_tokens():
@@ -80,17 +86,8 @@ def test_scatter_in_place_writes_the_same_into_the_tensor_itself():
 
 def test_neighbours_in_the_image_are_visited_one_after_the_other():
     shapes = ((40, 60), (20, 30))
-    ratios = torch.tensor([[1.0, 1.0], [0.7, 0.6]])[:, None].expand(2, 2, 2)
-    features = torch.zeros(2, 3000, 1)
-    tokens = Tokens(
-        features,
-        features,
-        torch.zeros(2, 3000, dtype=torch.bool),
-        shapes,
-        ratios,
-        encoder_reference_points(shapes, ratios),
-        has_padding=False,
-    )
+    sizes = torch.tensor([[60.0, 40.0], [30.0, 20.0]])
+    tokens = bare_tokens(shapes, torch.stack([sizes, sizes * torch.tensor([0.7, 0.6])]))
     generator = torch.Generator().manual_seed(0)
     ranked = torch.stack([torch.randperm(3000, generator=generator)[:300] for _ in range(2)])
 
@@ -106,8 +103,3 @@ def test_neighbours_in_the_image_are_visited_one_after_the_other():
     # An order of the tokens, not of their ranks: the same from any ranking of the same tokens.
     again = ranked.flip(1)
     assert torch.equal(again.gather(1, visiting_order(again, tokens)), ranked.gather(1, order))
-
-    nested = visiting_order(ranked, tokens, prefixes=(300, 120, 120, 40))
-    for prefix in (40, 120, 300):
-        assert torch.equal(nested[:, :prefix].sort().values, rows[:, :prefix])
-    assert step(nested) < 0.5 * step(rows)

@@ -1,4 +1,4 @@
-// Attention map splat (Sparse DETR, section 3.2): the attention that each token receives from the
+// Attention map splat (Sparse DETR, section 3.3): the attention that each token receives from the
 // samples of all queries and heads. A thread per sample adds four integers to the map, so the
 // result is the same to the last bit in every run, on every device and in reference.py: products
 // in double, each rounded to a multiple of 2^-38 (half to even), sums in int64.

@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from ..data.loader import TrainingBatchSampler, seed_everything
 from ..errors import UserError
-from ..modeling.criterion import part_of_batch
+from ..modeling.criterion import BatchPart
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Trainer(SimpleTrainer):
         amp: dtype of the autocast forward pass; None for full precision. float16 scales the loss.
         max_grad_norm: gradients are clipped to this global L2 norm; None: not at all.
         grad_accumulation: number of equal parts that a process computes its batch in, one after
-            the other; gradients add up to those of the whole batch, see ``part_of_batch``.
+            the other; gradients add up to those of the whole batch, see ``BatchPart``.
         seed: non-negative; None draws one (the same in all processes). A resumed run keeps its own.
 
     Attributes:
@@ -120,8 +120,8 @@ class Trainer(SimpleTrainer):
         num_objects = sum(len(entry["instances"]) for entry in batch if "instances" in entry)
         losses = []
         for index, part in enumerate(parts):
-            with part_of_batch(num_objects, len(parts)), self._sync(index == len(parts) - 1):
-                losses.append(self._forward(part))
+            with self._sync(index == len(parts) - 1):
+                losses.append(self._forward(part, BatchPart(num_objects, len(parts))))
                 self.grad_scaler.scale(sum(losses[-1].values()) / len(parts)).backward()
         self.after_backward()
         self.grad_scaler.unscale_(self.optimizer)
@@ -149,10 +149,11 @@ class Trainer(SimpleTrainer):
             return contextlib.nullcontext()
         return self.model.no_sync()
 
-    def _forward(self, batch: list[dict]) -> dict[str, torch.Tensor]:
+    def _forward(self, batch: list[dict], part: BatchPart) -> dict[str, torch.Tensor]:
         try:
             with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
-                return self.model(batch)
+                # A model that knows no parts can still be trained in whole batches.
+                return self.model(batch) if part.num_parts == 1 else self.model(batch, part)
         except FloatingPointError as error:  # the matcher's: it knows no file names
             raise self._not_finite(self._findings(str(error), [batch])) from error
 

@@ -1,4 +1,4 @@
-"""The detectors: bases, encoder strategies and the parts they are composed of."""
+"""The detectors: bases, encoders and the parts they are composed of."""
 
 from .attention import MSDeformAttn
 from .backbone import build_dilated_resnet, build_swin
@@ -10,10 +10,11 @@ from .encoders.key_aware import KeyAwareDeformAttn
 from .encoders.lite import LiteEncoder, LiteEncoderLayer
 from .heads import DetectionHeads
 from .hybrid import HybridQueries
-from .layers import ChannelMapper, SinePosition
+from .layers import ChannelMapper, SinePosition, clone_layers
 from .matcher import HungarianMatcher, Target
 from .meta_arch import DINO, DeformableDETR, FocusDETR, LiteDETR, SetDetector, SparseDETR
 from .proposals import LearnedQueries, MixedQueries, ProposalHead, ProposalQueries
+from .selection import TokenRange, TokenScorer, TokenSet, keep_best
 from .tokens import Tokens
 from .transformer import DetectionTransformer, TransformerOutput
 
@@ -51,6 +52,11 @@ __all__ = [
     "Target",
     "Tokens",
     "TransformerOutput",
+    "TokenRange",
+    "TokenScorer",
+    "TokenSet",
     "build_dilated_resnet",
     "build_swin",
+    "clone_layers",
+    "keep_best",
 ]

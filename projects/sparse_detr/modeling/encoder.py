@@ -31,29 +31,32 @@ class EncoderOutput:
 
     Attributes:
         memory: (B, N, C) all tokens, refreshed or not.
-        selected: (B, K) int64 tokens the encoder refreshed, best first; None if it refreshed all.
-        budgets: (B,) int64, how many entries of ``selected`` are the image's own; None with it.
-        scores: (B, N) the ranking behind ``selected``, or None.
+        kept: the tokens the encoder refreshed; None if it refreshed all.
+        scores: (B, N) the ranking behind ``kept``, or None.
         predictions: auxiliary (logits (B, K, num_classes), boxes (B, K, 4)) by the suffix of their
-            losses, matched and penalised like a decoder layer's; in any order of the tokens.
+            losses, matched and penalised like a decoder layer's; in the order of ``kept.index``.
         metrics: scalars worth logging, without gradient.
         intermediate: what a method's losses read, and what it shows to tools; both ``forward`` and
             ``losses`` write into it and into ``metrics``.
     """
 
     memory: Tensor
-    selected: Tensor | None = None
-    budgets: Tensor | None = None
+    kept: TokenSet | None = None
     scores: Tensor | None = None
     predictions: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     metrics: dict[str, Tensor] = field(default_factory=dict)
     intermediate: dict[str, object] = field(default_factory=dict)
 
     @property
+    def selected(self) -> Tensor | None:
+        """(B, K) int64, the kept tokens, best first."""
+        return None if self.kept is None else self.kept.ranked
+
+    @property
     def selected_mask(self) -> Tensor:
         """(B, K) bool, True for the entries of ``selected`` that are the image's own."""
-        rank = torch.arange(self.selected.shape[1], device=self.selected.device)
-        return rank < self.budgets[:, None]
+        rank = torch.arange(self.kept.ranked.shape[1], device=self.kept.budgets.device)
+        return rank < self.kept.budgets[:, None]
 
 
 class Encoder(nn.Module):
@@ -66,10 +69,13 @@ class Encoder(nn.Module):
         needs_proposal_head: ``steps`` or ``refresh`` uses the two-stage head.
     """
 
-    heads: DetectionHeads | None = None
     running_value = True
     needs_decoder_samples = False
     needs_proposal_head = False
+
+    def __init__(self):
+        super().__init__()
+        self.heads: DetectionHeads | None = None
 
     def forward(self, tokens: Tokens, proposal_head: ProposalHead | None = None) -> EncoderOutput:
         """Refresh ``tokens``, those that ``steps`` names, layer by layer."""
@@ -94,8 +100,8 @@ class Encoder(nn.Module):
         """Each layer, in order, with the tokens that it refreshes.
 
         Layers in a row with the same object pass the refreshed tokens on, also those beyond an
-        image's own budget. A method that ranks the tokens leaves ``scores``, ``selected`` and
-        ``budgets`` in ``encoded``.
+        image's own budget. A method that ranks the tokens leaves ``scores`` and ``kept`` in
+        ``encoded``.
         """
         raise NotImplementedError
 

@@ -5,6 +5,8 @@ What the encoders that refresh a part of the tokens share; a paper's own ranking
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 
@@ -121,21 +123,35 @@ class TokenSet:
         ranked: (B, K) int64, tokens of each image, best first.
         budgets: (B,) int64, how many of them are the image's own.
         ranking: (B, N), what they were ranked by.
-
-    Attributes:
-        index: (B, K) int64, the tokens in the order in which they are visited.
-        own: (B, K) bool, True for the image's own; None where all are.
-        scores: (B, K) their ``ranking``.
-        position, reference: (B, K, C) and (B, K, L, 2).
     """
 
     def __init__(self, tokens: Tokens, ranked: Tensor, budgets: Tensor, ranking: Tensor):
-        order = visiting_order(ranked, tokens)  # (B, K)
-        self.index = ranked.gather(1, order)
-        self.own = order < budgets[:, None] if tokens.has_padding else None
-        self.scores = ranking.gather(1, self.index)
-        self.position = self.gather(tokens.position)
-        self.reference = self.gather(tokens.reference_points)
+        self.tokens, self.ranked, self.budgets, self.ranking = tokens, ranked, budgets, ranking
+
+    @cached_property
+    def order(self) -> Tensor:
+        """(B, K) int64 ranks, in the order in which the tokens are visited."""
+        return visiting_order(self.ranked, self.tokens)
+
+    @cached_property
+    def index(self) -> Tensor:
+        """(B, K) int64 tokens, in the order in which they are visited."""
+        return self.ranked.gather(1, self.order)
+
+    @cached_property
+    def own(self) -> Tensor | None:
+        """(B, K) bool, True for the image's own tokens; None where all are."""
+        return self.order < self.budgets[:, None] if self.tokens.has_padding else None
+
+    @cached_property
+    def position(self) -> Tensor:
+        """(B, K, C) position codes."""
+        return self.gather(self.tokens.position)
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """(B, K, L, 2) reference points."""
+        return self.gather(self.tokens.reference_points)
 
     def gather(self, x: Tensor) -> Tensor:
         """(B, N, ...) -> (B, K, ...)."""
@@ -148,6 +164,21 @@ class TokenSet:
             in_place: write into ``x`` itself; not where autograd still needs it.
         """
         return scatter_tokens(x, self.index, update, self.own, in_place=in_place)
+
+    def first(self, count: int, budgets: Tensor) -> TokenSet:
+        """The best ``count`` of them, of which ``budgets`` (B,) are the images' own."""
+        return TokenSet(self.tokens, self.ranked[:, :count], budgets, self.ranking)
+
+
+def keep_best(tokens: Tokens, scores: Tensor, keep_ratio: float, *, strict: bool = True) -> TokenSet:
+    """The ``keep_ratio`` tokens of each image with the best ``scores`` (B, N).
+
+    Args:
+        strict: see ``padding_last``.
+    """
+    ranking = padding_last(scores, tokens, strict)
+    budgets, kept = token_budgets(tokens, keep_ratio)  # (B,), K
+    return TokenSet(tokens, ranking.topk(kept, dim=1).indices, budgets, ranking)
 
 
 def visiting_order(ranked: Tensor, tokens: Tokens) -> Tensor:

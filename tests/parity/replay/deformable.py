@@ -231,11 +231,16 @@ def _compare_predictions(case: Case, model, output) -> None:
         at_rows = where.expand(len(rows), -1)
         if output.encoded.selected is not None:
             case.compare("aux_enc_token", output.encoded.selected[:, where])
-            at_rows = output.encoded.intermediate["order"].argsort(1)[:, where]
+            at_rows = _rows_of_rank(output.encoded)[:, where]
         sets = output.encoded.predictions.values()
         case.compare("aux_enc_logits", torch.stack([at(logits, at_rows) for logits, _ in sets]))
         case.compare("aux_enc_boxes", torch.stack([at(boxes, at_rows) for _, boxes in sets]))
     _compare_detections(case, output)
+
+
+def _rows_of_rank(encoded) -> torch.Tensor:
+    """(B, K): in which row of the auxiliary predictions the k-th best token stands."""
+    return encoded.kept.order.argsort(1)
 
 
 def _compare_detections(case: Case, output) -> None:
@@ -258,14 +263,14 @@ def _pairs(case: Case) -> list[str]:
 def _compare_losses(case: Case, model, output, targets: list[Target]) -> None:
     criterion = model.criterion
     # Published code computes the second group's losses last; one object is as good as its repeats.
-    sets = sorted(model.transformer.predictions(output), key=lambda s: s.repeat > 1)
+    sets = sorted(model.transformer.predictions(output), key=lambda s: s.assignment.repeat > 1)
     counts = torch.tensor([len(t.labels) for t in targets])
     calls = []
     for call, (one, match) in enumerate(zip(sets, criterion.match(sets, targets))):
-        start = (counts * one.repeat).cumsum(0) - counts * one.repeat
+        start = (counts * one.assignment.repeat).cumsum(0) - counts * one.assignment.repeat
         local, query = (match.target - start[match.batch]) % counts[match.batch], match.query
-        if one.suffix.startswith("_enc_") and output.encoded.selected is not None:
-            query = output.encoded.intermediate["order"][match.batch, query]  # its rank
+        if one.assignment.suffix.startswith("_enc_") and output.encoded.selected is not None:
+            query = _rows_of_rank(output.encoded).argsort(1)[match.batch, query]  # its rank
         calls.append(torch.stack([torch.full_like(local, call), match.batch, query, local], 1))
     found, wanted = torch.cat(calls).tolist(), case.arrays["matches"].tolist()
     case.decide("matches", sorted(found) == sorted(wanted))
@@ -281,7 +286,7 @@ def _compare_losses(case: Case, model, output, targets: list[Target]) -> None:
     for name, value in encoder.losses(output.encoded, output.decoded, output.tokens, targets).items():
         total = total + value
         raw[name] = value / case.config["mask_prediction_coef"]
-    for name, value in encoder.metrics(output.encoded).items():
+    for name, value in output.encoded.metrics.items():
         raw[name] = value
     case.skip("loss_values")
     for name, wanted in zip(case.meta["loss_names"], case.arrays["loss_values"]):

@@ -273,7 +273,11 @@ def _compare_losses(case: Case, model, output, targets: list[Target]) -> None:
     criterion = model.criterion
     sets = model.transformer.predictions(output)
     calls = {
-        "final" if p.suffix == "" else p.suffix.lstrip("_") if p.suffix == "_enc" else f"aux{p.suffix}": match
+        "final"
+        if p.assignment.suffix == ""
+        else p.assignment.suffix.lstrip("_")
+        if p.assignment.suffix == "_enc"
+        else f"aux{p.assignment.suffix}": match
         for p, match in zip(sets, criterion.match(sets, targets))
         if p.matches is None
     }

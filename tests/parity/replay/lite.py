@@ -13,7 +13,6 @@ from sparse_detr.modeling import KeyAwareDeformAttn, MSDeformAttn
 from sparse_detr.modeling.denoising import Noise
 from sparse_detr.modeling.matcher import Target
 from sparse_detr.modeling.postprocess import top_detections
-from sparse_detr.modeling.proposals import proposal_logits
 
 from . import recipe
 from .case import Case, Replay
@@ -295,8 +294,7 @@ def _detection_body(case: Case, model) -> None:
         "memory_stats", torch.tensor([stats(image[~padding]) for image, padding in zip(memory, tokens.mask)])
     )
     head = model.transformer.proposal_head
-    _, invalid = proposal_logits(tokens)
-    scores = head.class_head(head.project(memory, invalid))  # (B, N, num_classes)
+    scores = head.class_head(head.project(memory, tokens.unproposed))  # (B, N, num_classes)
     case.compare("enc_logits_rows", at(scores, rows))
     case.compare("enc_score", head.score(scores).masked_fill(tokens.mask, 0))
     case.compare("topk_proposals", proposals.selected)
@@ -350,7 +348,7 @@ def _compare_losses(case: Case, model, output, targets: list[Target], prefix: st
     found = []
     for prediction, match in zip(sets, criterion.match(sets, targets)):
         if prediction.matches is None:
-            call = calls.get(prediction.suffix, f"aux{prediction.suffix}")
+            call = calls.get(prediction.assignment.suffix, f"aux{prediction.assignment.suffix}")
             number = torch.full_like(match.query, case.meta["match_calls"].index(call))
             local = match.target - start[match.batch]
             found += torch.stack([number, match.batch, match.query, local], 1).tolist()

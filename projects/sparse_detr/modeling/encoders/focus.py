@@ -1,9 +1,9 @@
 """Focus-DETR's encoder: refresh foreground tokens, fewer in every layer, in two kinds of attention.
 
-Focus-DETR (Zheng et al., ICCV 2023), Sec. 3: a foreground selector (``foreground``) ranks all
-tokens once; layer i refreshes the top share of them (cascade, Sec. 3.3); before the deformable
-attention, the tokens that look most like objects exchange information directly (dual attention,
-Sec. 3.4).
+Focus-DETR (Zheng et al., ICCV 2023), Sec. 3. "Scoring mechanism": a foreground selector
+(``foreground``) ranks all tokens once, and layer i refreshes the top share of them (cascade).
+"Calculation process of dual attention": before the deformable attention, the tokens that look most
+like objects exchange information directly.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..encoder import DeformableEncoderLayer, Encoder, EncoderOutput
 from ..layers import at_least_float32, clone_layers
-from ..selection import TokenSet, padding_last, share_of, token_budgets
+from ..selection import keep_best, share_of
 from ..tokens import LevelShapes, Tokens, gather_tokens, scatter_tokens
 from .foreground import (
     DISTANCES,
@@ -152,26 +152,24 @@ class FocusEncoder(Encoder):
         self.mask_padding = mask_padding
 
     def steps(self, tokens, proposal_head, encoded):
-        """Layer i refreshes the best ``layer_ratios[i]`` of the foreground (Sec. 3.3)."""
+        """Layer i refreshes the best ``layer_ratios[i]`` of the foreground (cascade)."""
         projected = proposal_head.project(tokens.features + tokens.position, tokens.unproposed)
         mask = tokens.value_mask if self.mask_padding else None
         encoded.scores = self.foreground(projected, tokens, mask)  # (B, N)
-        ranking = padding_last(encoded.scores, tokens, strict=self.mask_padding)
-        encoded.budgets, kept = token_budgets(tokens, self.keep_ratio)  # (B,), K
-        encoded.selected = ranking.topk(kept, dim=1).indices  # (B, K)
-        encoded.intermediate.update(layer_counts=[], objects=[])
+        encoded.kept = keep_best(tokens, encoded.scores, self.keep_ratio, strict=self.mask_padding)
+        budgets = encoded.kept.budgets  # (B,)
+        counts = [share_of(encoded.kept.ranked.shape[1], ratio) for ratio in self.layer_ratios]
+        encoded.intermediate.update(layer_counts=tuple(counts), objects=[])
         steps = []
-        for layer, ratio in zip(self.layers, self.layer_ratios):
-            count = share_of(kept, ratio)
-            own = (encoded.budgets * ratio).long().clamp(min=1) if self.mask_padding else encoded.budgets
-            steps.append((layer, TokenSet(tokens, encoded.selected[:, :count], own, ranking)))
-            encoded.intermediate["layer_counts"].append(count)
+        for layer, ratio, count in zip(self.layers, self.layer_ratios, counts):
+            own = (budgets * ratio).long().clamp(min=1) if self.mask_padding else budgets
+            steps.append((layer, encoded.kept.first(count, own)))
         return steps
 
     def refresh(self, layer, x, value, chosen, tokens, proposal_head, encoded):
-        """Object tokens exchange information first (Sec. 3.4), then all attend over ``value``."""
+        """Object tokens exchange information first, then all attend over ``value`` (dual attention)."""
         own = chosen.own if self.mask_padding else None
-        objects = self.objects(x, chosen.scores, own, proposal_head)  # (B, O)
+        objects = self.objects(x, chosen.gather(chosen.ranking), own, proposal_head)  # (B, O)
         encoded.intermediate["objects"].append(chosen.index.gather(1, objects))
         hidden = None if own is None else ~own.gather(1, objects)
         return layer(

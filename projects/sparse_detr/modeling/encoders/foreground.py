@@ -1,7 +1,7 @@
 """Which tokens are foreground: scoring from coarse to fine, label assignment and loss.
 
-Focus-DETR (Zheng et al., ICCV 2023), Sec. 3.2: the foreground token selector with top-down score
-modulation, Eq. (1)-(3).
+Focus-DETR (Zheng et al., ICCV 2023), Sec. 3, "Scoring mechanism": the foreground token
+selector with top-down score modulation, Eq. (1)-(3).
 """
 
 from __future__ import annotations

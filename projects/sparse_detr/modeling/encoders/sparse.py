@@ -17,7 +17,7 @@ from ...kernels import attention_map_splat
 from ..encoder import DeformableEncoderLayer, Encoder, EncoderOutput
 from ..heads import DetectionHeads
 from ..layers import clone_layers
-from ..selection import TokenRange, TokenScorer, TokenSet, padding_last, token_budgets
+from ..selection import TokenRange, TokenScorer, keep_best
 from ..tokens import Tokens
 from .dam import attention_map_target, correspondence, scoring_loss
 
@@ -78,7 +78,6 @@ class SparseEncoder(Encoder):
             self.scorer = TokenScorer(embed_dim=embed_dim)
         else:
             self.scorer = DetectionHeads(embed_dim=embed_dim, num_classes=num_classes, num_layers=1)
-        self.heads = None
         if auxiliary_heads and num_layers > 1:
             self.heads = DetectionHeads(
                 embed_dim=embed_dim, num_classes=num_classes, num_layers=num_layers - 1
@@ -106,15 +105,11 @@ class SparseEncoder(Encoder):
 
     def steps(self, tokens, proposal_head, encoded):
         """All layers refresh the same tokens: the best ``keep_ratio`` of each image."""
-        if self.keep_ratio is None:
-            chosen = TokenRange(tokens)
-        else:
+        chosen = TokenRange(tokens)
+        if self.keep_ratio is not None:
             encoded.scores = self.score(tokens, proposal_head, encoded)  # (B, N)
-            ranking = padding_last(encoded.scores, tokens, strict=self.mask_padding)
-            encoded.budgets, kept = token_budgets(tokens, self.keep_ratio)  # (B,), K
-            encoded.selected = ranking.topk(kept, dim=1).indices  # (B, K)
-            chosen = TokenSet(tokens, encoded.selected, encoded.budgets, ranking)
-            encoded.intermediate["visited"] = chosen.index
+            chosen = keep_best(tokens, encoded.scores, self.keep_ratio, strict=self.mask_padding)
+            encoded.kept = chosen
         return [(layer, chosen) for layer in self.layers]
 
     def score(self, tokens: Tokens, proposal_head: ProposalHead, encoded: EncoderOutput) -> Tensor:
