@@ -147,7 +147,7 @@ class DeformableDecoder(nn.Module):
             out.references.append(reference)
             ratios = tokens.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)  # (B, L, 2 or 4)
             scaled = reference[:, :, None] * ratios[:, None]  # (B, Q, L, 2 or 4)
-            position = self._position(queries, scaled, x)
+            position = self._position(queries, reference if tokens.exact else scaled[:, :, 0], x)
             x, samples = layer(x, position, scaled, memory, tokens, queries.attn_mask, record)
             if samples is not None:
                 out.samples.append(samples)
@@ -170,10 +170,12 @@ class DeformableDecoder(nn.Module):
                 base = refined if self.look_forward_twice else reference
         return out
 
-    def _position(self, queries: Queries, scaled: Tensor, x: Tensor) -> Tensor:
+    def _position(self, queries: Queries, reference: Tensor, x: Tensor) -> Tensor:
+        """(B, Q, C), where needed from the (B, Q, 2 or 4) references; published: in [0, 1] of the padded
+        level 0, so that a query's code depends on its image's batch."""
         if self.position_mlp is None:
             return queries.position
-        code = box_code(scaled[:, :, 0], self.num_feats, order=(1, 0, 2, 3))  # (B, Q, 2 * C)
+        code = box_code(reference, self.num_feats, order=(1, 0, 2, 3))  # (B, Q, 2 * C)
         return self.position_mlp(code.to(x.dtype))
 
     def _offset(self, delta: Tensor, reference: Tensor) -> Tensor:

@@ -57,8 +57,8 @@ def box_code(boxes: Tensor, num_feats: int, order: Sequence[int] = (0, 1, 2, 3))
 class SinePosition(nn.Module):
     """Sine code of a cell's row and column, normalised to the part that shows the image.
 
-    Rows are counted over unpadded cells, ``y <- (y + offset) / (y_last + 1e-6) * 2 pi``; columns
-    likewise. Deformable DETR and DINO's 12-epoch recipe use temperature 10000 and offset -0.5;
+    Rows are counted from 1, ``y <- (y + offset) / (height + 1e-6) * 2 pi`` with the image's height in
+    cells; columns likewise. Deformable DETR and DINO's 12-epoch recipe use temperature 10000 and offset -0.5;
     the official DINO uses 20 and 0.
     """
 
@@ -70,20 +70,23 @@ class SinePosition(nn.Module):
         self.temperature = temperature
         self.offset = offset
 
-    def forward(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(self, mask: Tensor, extent: Tensor) -> Tensor:
         """(B, H, W) bool, True on padding -> (B, H * W, embed_dim): y code, then x code.
+
+        Args:
+            extent: (B, 2) size (w, h) of the image in cells.
 
         Padding is at the right and bottom, so rows and columns are coded once each. Padded cells
         get the code of the last row or column; nothing reads them.
         """
         height, width = mask.shape[1:]
-        y = self._code(mask[:, :, 0], dtype)[:, :, None].expand(-1, -1, width, -1)
-        x = self._code(mask[:, 0, :], dtype)[:, None].expand(-1, height, -1, -1)
+        y = self._code(mask[:, :, 0], extent[:, 1:])[:, :, None].expand(-1, -1, width, -1)
+        x = self._code(mask[:, 0, :], extent[:, :1])[:, None].expand(-1, height, -1, -1)
         return torch.cat([y, x], dim=-1).flatten(1, 2)  # (B, H * W, embed_dim)
 
-    def _code(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        count = (~mask).cumsum(1).to(dtype)  # (B, n)
-        angle = (count + self.offset) / (count[:, -1:] + 1e-6) * (2 * math.pi)
+    def _code(self, mask: Tensor, length: Tensor) -> Tensor:
+        count = (~mask).cumsum(1).to(length.dtype)  # (B, n)
+        angle = (count + self.offset) / (length + 1e-6) * (2 * math.pi)
         return sine_code(angle, self.num_feats, self.temperature)
 
     def extra_repr(self) -> str:

@@ -18,6 +18,7 @@ from .criterion import BatchPart, SetCriterion
 from .layers import ChannelMapper, tensor_like
 from .matcher import Target
 from .postprocess import detections
+from .tokens import exact_extents
 from .transformer import DetectionTransformer, TransformerOutput
 
 
@@ -30,6 +31,12 @@ class SetDetector(nn.Module):
         input_format: "RGB" or "BGR"; what the mapper delivers, used by predictors and drawings.
         num_classes: classes of the data set, contiguous from 0; no background class.
         max_detections: detections per image.
+        exact_sizes: reference points, proposals and position codes from an image's size in pixels over
+            each level's stride. False counts whole cells, as the published models do and their
+            checkpoints need; see docs/reference_points.md.
+        pad_features: backbone and neck see each image without padding, which then goes around their
+            maps; an image's maps do not depend on its batch. False pads the images, as published.
+        size_divisibility: pad images to a multiple of this; 0: to the batch's largest only.
     """
 
     default_config = ""  # shipped config behind the yacs name, see ``from_config``
@@ -48,6 +55,9 @@ class SetDetector(nn.Module):
         pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
         input_format: str = "RGB",
         max_detections: int = 100,
+        exact_sizes: bool = False,
+        pad_features: bool = False,
+        size_divisibility: int = 0,
     ):
         super().__init__()
         if transformer.heads.num_classes != num_classes:
@@ -64,6 +74,14 @@ class SetDetector(nn.Module):
         self.num_classes = num_classes
         self.input_format = input_format
         self.max_detections = max_detections
+        self.exact_sizes = exact_sizes
+        self.pad_features = pad_features
+        self.size_divisibility = size_divisibility
+        shapes = backbone.output_shape()
+        self.strides = [shapes[name].stride for name in in_features]
+        self.strides += [
+            self.strides[-1] * 2**extra for extra in range(1, len(neck.convs) - len(in_features) + 1)
+        ]
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
 
@@ -113,29 +131,25 @@ class SetDetector(nn.Module):
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise, then pad with zeros at the right and bottom to the largest of the batch.
 
-        The padding is not rounded up to the backbone's stride: it would change masks and valid
-        ratios and with them the published models' function.
+        The padding is rounded up to ``size_divisibility`` only, not to the backbone's stride: it would
+        change masks and valid ratios and with them the published models' function.
         """
         images = [
             (x["image"].to(self.device, self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
             for x in batched_inputs
         ]
-        return ImageList.from_tensors(images)
+        return ImageList.from_tensors(images, self.size_divisibility)
 
     def detect(self, images: ImageList, targets: list[Target] | None = None) -> TransformerOutput:
         """Everything between the normalised batch and the predictions."""
-        image = images.tensor
-        if not torch.is_grad_enabled():
-            # Convolutions are faster, and maps become tokens without a copy. Not in training: the
-            # backward pass of torch 2.15 crashes on the CPU for images one pixel wide.
-            image = image.contiguous(memory_format=torch.channels_last)
-        features = self.backbone(image)
-        return self.decode(
-            [features[name] for name in self.in_features],
-            images.image_sizes,
-            tuple(images.tensor.shape[-2:]),
-            targets,
-        )
+        sizes = [tuple(size) for size in images.image_sizes]
+        padded = tuple(images.tensor.shape[-2:])
+        if self.pad_features and any(size != sizes[0] for size in sizes[1:]):
+            maps, masks = self._maps_of_each_size(images.tensor, sizes)
+        else:
+            maps = self.neck(self._features(images.tensor))
+            masks = self._masks(maps, sizes, padded)
+        return self._transform(maps, masks, sizes, any(size != padded for size in sizes), targets)
 
     def decode(
         self,
@@ -146,16 +160,67 @@ class SetDetector(nn.Module):
     ) -> TransformerOutput:
         """``detect`` from the backbone's maps (B, C_i, H_i, W_i) on."""
         maps = self.neck(features)
-        has_padding = any(tuple(size) != tuple(padded_size) for size in image_sizes)
-        # On the CPU: how many tokens an image has is then known without waiting for the device.
-        if has_padding:
-            mask = torch.ones((len(image_sizes), *padded_size), dtype=torch.uint8)
-            for image, (height, width) in enumerate(image_sizes):
-                mask[image, :height, :width] = 0
-            masks = [F.interpolate(mask[None], size=m.shape[-2:])[0].bool() for m in maps]
-        else:
-            masks = [torch.zeros(len(image_sizes), *m.shape[-2:], dtype=torch.bool) for m in maps]
-        return self.transformer(maps, masks, has_padding, targets)
+        sizes, padded = [tuple(size) for size in image_sizes], tuple(padded_size)
+        masks = self._masks(maps, sizes, padded)
+        return self._transform(maps, masks, sizes, any(size != padded for size in sizes), targets)
+
+    def _features(self, image: Tensor) -> list[Tensor]:
+        """The backbone's maps of images (B, 3, H, W)."""
+        if not torch.is_grad_enabled():
+            # Convolutions are faster, and maps become tokens without a copy. Not in training: the
+            # backward pass of torch 2.15 crashes on the CPU for images one pixel wide.
+            image = image.contiguous(memory_format=torch.channels_last)
+        features = self.backbone(image)
+        return [features[name] for name in self.in_features]
+
+    def _maps_of_each_size(
+        self, batch: Tensor, sizes: Sequence[tuple[int, int]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Maps (B, C, H_l, W_l) and masks (B, H_l, W_l) of images that no padding has touched."""
+        unit = max(self.size_divisibility, 1)
+        maps: list[list[Tensor]] = [[] for _ in sizes]  # of each image, by level
+        masks: list[list[Tensor]] = [[] for _ in sizes]
+        for size in dict.fromkeys(sizes):
+            members = [image for image, other in enumerate(sizes) if other == size]
+            height, width = (-(-side // unit) * unit for side in size)
+            levels = self.neck(self._features(batch[members, :, :height, :width]))
+            hidden = self._masks(levels, [size] * len(members), (height, width))
+            for row, image in enumerate(members):
+                maps[image] = [level[row] for level in levels]
+                masks[image] = [level[row] for level in hidden]
+        return (
+            [_pad_and_stack(level, 0.0) for level in zip(*maps)],
+            [_pad_and_stack(level, True) for level in zip(*masks)],
+        )
+
+    def _masks(
+        self, maps: Sequence[Tensor], sizes: Sequence[tuple[int, int]], padded: tuple[int, int]
+    ) -> list[Tensor]:
+        """Per level (B, H_l, W_l) bool, True on padding; on the CPU, where counting them is free."""
+        masks = [torch.zeros(len(sizes), *m.shape[-2:], dtype=torch.bool) for m in maps]
+        if all(size == padded for size in sizes):
+            return masks
+        if self.exact_sizes:
+            for mask, stride in zip(masks, self.strides):
+                for image, (height, width) in enumerate(sizes):
+                    mask[image, -(-height // stride) :] = True
+                    mask[image, :, -(-width // stride) :] = True
+            return masks
+        mask = torch.ones((len(sizes), *padded), dtype=torch.uint8)
+        for image, (height, width) in enumerate(sizes):
+            mask[image, :height, :width] = 0
+        return [F.interpolate(mask[None], size=m.shape[-2:])[0].bool() for m in maps]
+
+    def _transform(
+        self,
+        maps: Sequence[Tensor],
+        masks: Sequence[Tensor],
+        sizes: Sequence[tuple[int, int]],
+        has_padding: bool,
+        targets: list[Target] | None,
+    ) -> TransformerOutput:
+        extents = exact_extents(sizes, self.strides, self.pixel_mean) if self.exact_sizes else None
+        return self.transformer(maps, masks, has_padding, targets, extents=extents)
 
     def targets(self, batched_inputs: list[dict]) -> list[Target]:
         """Objects of each image, boxes relative to the unpadded network input."""
@@ -198,6 +263,14 @@ class SetDetector(nn.Module):
             for name, value in output.encoded.metrics.items():
                 get_event_storage().put_scalar(name, value)
         return losses
+
+
+def _pad_and_stack(maps: Sequence[Tensor], value: float) -> Tensor:
+    """(..., H_i, W_i) of each image -> (B, ..., H, W), padded at the right and bottom."""
+    height, width = (max(m.shape[axis] for m in maps) for axis in (-2, -1))
+    return torch.stack(
+        [F.pad(m, (0, width - m.shape[-1], 0, height - m.shape[-2]), value=value) for m in maps]
+    )
 
 
 class DeformableDETR(SetDetector):

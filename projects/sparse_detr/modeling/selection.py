@@ -174,11 +174,19 @@ def keep_best(tokens: Tokens, scores: Tensor, keep_ratio: float, *, strict: bool
     """The ``keep_ratio`` tokens of each image with the best ``scores`` (B, N).
 
     Args:
-        strict: see ``padding_last``.
+        strict: the choice does not depend on the other images of the batch: padding comes last, and
+            before it the ``unproposed`` tokens, which look all the same to a scorer that reads the
+            two-stage projection. False ranks both by their score, as published.
     """
     ranking = padding_last(scores, tokens, strict)
     budgets, kept = token_budgets(tokens, keep_ratio)  # (B,), K
-    return TokenSet(tokens, ranking.topk(kept, dim=1).indices, budgets, ranking)
+    if strict:
+        low = torch.finfo(ranking.dtype).min
+        ordered = torch.where(tokens.unproposed & ~tokens.mask, low / 2, ranking)
+        best = ordered.sort(dim=1, descending=True, stable=True).indices[:, :kept]
+    else:
+        best = ranking.topk(kept, dim=1).indices
+    return TokenSet(tokens, best, budgets, ranking)
 
 
 def visiting_order(ranked: Tensor, tokens: Tokens) -> Tensor:

@@ -34,9 +34,12 @@ class Tokens:
         position: (B, N, C) sine encoding of the cell plus the level embedding.
         mask: (B, N) bool, True on padding.
         shapes: (H, W) of each level.
-        extents: (B, L, 2) size (w, h) of the image in cells of each level.
+        extents: (B, L, 2) size (w, h) of the image in cells of each level. Everything geometric
+            follows from it: the published models count whole cells, ``exact_extents`` divides the
+            image's pixels by the level's stride (docs/reference_points.md).
         has_padding: False when no image of the batch is padded, known without looking at ``mask``.
         counts: unpadded tokens of each image, where that is known without waiting for the device.
+        exact: ``extents`` are not rounded, and nothing geometric depends on the padded size.
     """
 
     features: Tensor
@@ -46,6 +49,13 @@ class Tokens:
     extents: Tensor
     has_padding: bool
     counts: tuple[int, ...] | None = None
+    exact: bool = False
+
+    @cached_property
+    def valid_cells(self) -> Tensor:
+        """(B, L, 2) number (w, h) of cells that show the image."""
+        levels = zip(self.split_levels(self.mask), self.shapes)
+        return valid_sizes([mask.unflatten(1, shape) for mask, shape in levels])
 
     @cached_property
     def valid_ratios(self) -> Tensor:
@@ -124,6 +134,13 @@ def valid_sizes(masks: Sequence[Tensor]) -> Tensor:
     return torch.stack(
         [torch.stack([(~m[:, 0, :]).sum(1), (~m[:, :, 0]).sum(1)], dim=-1) for m in masks], dim=1
     )
+
+
+def exact_extents(image_sizes: Sequence[tuple[int, int]], strides: Sequence[int], like: Tensor) -> Tensor:
+    """(B, L, 2) size (w, h) in cells of images given as (height, width) in pixels; not rounded."""
+    sizes = torch.tensor([[w, h] for h, w in image_sizes], dtype=like.dtype)[:, None]  # (B, 1, 2)
+    sizes = sizes / torch.tensor(strides, dtype=like.dtype)[:, None]
+    return sizes.to(like.device, non_blocking=True)
 
 
 def cell_centres(shapes: LevelShapes, like: Tensor) -> list[Tensor]:

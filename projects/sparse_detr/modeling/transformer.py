@@ -120,6 +120,7 @@ class DetectionTransformer(nn.Module):
         has_padding: bool = True,
         targets: Sequence[Target] | None = None,
         *,
+        extents: Tensor | None = None,
         record: bool = False,
     ) -> TransformerOutput:
         """Detect objects in projected feature maps.
@@ -130,9 +131,10 @@ class DetectionTransformer(nn.Module):
                 count tokens a wait for the device.
             has_padding: False promises that no mask holds True.
             targets: objects of each image, needed for denoising in training.
+            extents: (B, L, 2), see ``Tokens``; None counts the unpadded cells, as published.
             record: keep where the decoder looked, also where the encoder does not ask for it.
         """
-        tokens = self.tokenize(maps, masks, has_padding)
+        tokens = self.tokenize(maps, masks, has_padding, extents)
         encoded = self.encoder(tokens, self.proposal_head)
         queries, proposals = self.query_selection(encoded.memory, tokens, self.proposal_head)
         if self.denoising is not None and self.training:
@@ -157,22 +159,30 @@ class DetectionTransformer(nn.Module):
             groups=queries.groups,
         )
 
-    def tokenize(self, maps: Sequence[Tensor], masks: Sequence[Tensor], has_padding: bool = True) -> Tokens:
+    def tokenize(
+        self,
+        maps: Sequence[Tensor],
+        masks: Sequence[Tensor],
+        has_padding: bool = True,
+        extents: Tensor | None = None,
+    ) -> Tokens:
         """Flatten maps (B, C, H_l, W_l) and masks (B, H_l, W_l), finest level first."""
         counts = _valid_counts(masks, has_padding)
         masks = [m.to(maps[0].device, non_blocking=True) for m in masks]
-        shapes = tuple(tuple(m.shape[-2:]) for m in maps)
         features = flatten_levels(maps)
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-        position = torch.cat([self.position(m, dtype) + e for m, e in zip(masks, self.level_embed)], dim=1)
+        exact = extents is not None
+        extents = (valid_sizes(masks) if extents is None else extents).to(features.device, dtype)
+        codes = [self.position(m, extent) for m, extent in zip(masks, extents.unbind(1))]
         return Tokens(
             features=features,
-            position=position,
+            position=torch.cat([code + e for code, e in zip(codes, self.level_embed)], dim=1),
             mask=flatten_levels(masks),
-            shapes=shapes,
-            extents=valid_sizes(masks).to(dtype),
+            shapes=tuple(tuple(m.shape[-2:]) for m in maps),
+            extents=extents,
             has_padding=has_padding,
             counts=counts,
+            exact=exact,
         )
 
     def predictions(self, output: TransformerOutput) -> list[Predictions]:

@@ -55,12 +55,41 @@ class ForegroundScorer(nn.Module):
         scores = [self.scorer(levels[-1], masks[-1])]  # (B, H_l * W_l) each, coarse to fine
         for step, level in enumerate(reversed(range(len(levels) - 1))):
             coarse = scores[-1].unflatten(1, tokens.shapes[level + 1])[:, None]
-            fine = F.interpolate(coarse, tokens.shapes[level], mode="bilinear", align_corners=True).flatten(
-                1
-            )[..., None]  # (B, H_l * W_l, 1)
+            shape = tokens.shapes[level]
+            if mask is None:  # as published: from corner to corner of the padded maps
+                fine = F.interpolate(coarse, shape, mode="bilinear", align_corners=True)
+            else:
+                cells = tokens.valid_cells
+                fine = _enlarge_valid(coarse, cells[:, level + 1], cells[:, level], shape)
+            fine = fine.flatten(1)[..., None]  # (B, H_l * W_l, 1)
             modulated = levels[level] * (1 + self.alpha[step] * fine)
             scores.append(self.scorer(modulated, masks[level]))
         return torch.cat(scores[::-1], dim=1)
+
+
+def _enlarge_valid(x: Tensor, cells: Tensor, new_cells: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Bilinear resize of each image's valid part to the valid part of a larger map, corners aligned.
+
+    Args:
+        x: (B, 1, H, W); cells, new_cells: (B, 2) number (w, h) of valid cells before and after.
+        shape: of the new map.
+
+    Returns:
+        (B, 1, *shape); in the padding, the last row and column.
+    """
+    scale = (cells - 1) / (new_cells - 1).clamp(min=1)  # (B, 2), from new cells to old ones
+    last = torch.tensor(x.shape[:1:-1], device=x.device).sub(1).clamp(min=1)  # (W - 1, H - 1)
+    axes = [
+        torch.minimum(torch.arange(size, device=x.device) * scale[:, axis, None], cells[:, axis, None] - 1)
+        / last[axis]
+        * 2
+        - 1
+        for axis, size in enumerate(reversed(shape))
+    ]  # (B, W_new), (B, H_new) in [-1, 1]
+    grid = torch.stack(
+        [axes[0][:, None].expand(-1, shape[0], -1), axes[1][:, :, None].expand(-1, -1, shape[1])], dim=-1
+    ).to(x.dtype)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=True)
 
 
 def foreground_targets(
