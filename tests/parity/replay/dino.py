@@ -261,7 +261,7 @@ def _compare_denoising(case: Case, output, queries: Queries) -> None:
     if not case.meta.get("dn_num"):
         case.decide("no denoising queries", size == 0)
         return
-    case.decide("dn_num", queries.groups[0].normalizer == case.meta["dn_num"])
+    case.decide("dn_num", queries.groups[0].assignment.normalizer == case.meta["dn_num"])
     case.compare("dn_query_box_logit", queries.reference[:, :size].logit())
     case.compare("dn_query_label_rows", queries.content[:, :size][:, ::EVERY, ::16])
     case.compare("dn_attn_mask", queries.attn_mask.to(torch.uint8))
