@@ -102,6 +102,14 @@ def test_a_link_leads_somewhere(page, link):
         assert anchor in slugs, f"{path.name} has no section {anchor}"
 
 
+def test_the_index_has_every_page_once():
+    index = ROOT / "docs" / "README.md"
+    listed = [(index.parent / link).resolve() for page, link in LINKS if page == index]
+    pages = {*PAGES, ROOT / "projects" / "sparse_detr" / "README.md"} - {index, ROOT / "README.md"}
+    assert sorted(listed) == sorted(pages)
+    assert "docs/README.md" in [link for page, link in LINKS if page == ROOT / "README.md"]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_examples_import_what_exists(page):
     statements = ast.parse(run_docs.program(page)).body
