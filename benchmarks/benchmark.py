@@ -17,34 +17,21 @@ turns; a ratio is the median over rounds, with its quartiles in brackets. Measur
 """
 
 import argparse
-import json
 import os
-import platform
 import sys
-import warnings
 from pathlib import Path
 
-warnings.filterwarnings("ignore", message=r"`torch\.jit\.")  # detectron2's import
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "projects"), str(ROOT)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import _checkout
+import torch
 
-import torch  # noqa: E402
-
-from benchmarks import ops  # noqa: E402
-from benchmarks.timing import Timing, markdown, milliseconds  # noqa: E402
-
-KINDS = ("dense", "high levels", "30 %", "10 %", "decoder 900", "decoder 300")
-
-
-def image_size(text: str) -> tuple[int, int]:
-    height, width = (int(side) for side in text.lower().split("x"))
-    return height, width
+from benchmarks import ops
+from benchmarks.report import machine, markdown, megabytes, milliseconds, write_json
+from benchmarks.timing import Timing
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _checkout.parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -56,10 +43,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     op.add_argument(
         "--kinds",
         nargs="+",
-        default=list(KINDS),
-        choices=KINDS,
+        default=list(ops.KINDS),
+        choices=ops.KINDS,
         metavar="KIND",
-        help=f"which queries: {', '.join(KINDS)} (default: all)".replace("%", "%%"),
+        help=f"which queries: {', '.join(ops.KINDS)} (default: all)".replace("%", "%%"),
     )
     op.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     op.add_argument("--scale", type=float, default=1.0, help="shrink the maps' sides (for a trial)")
@@ -71,7 +58,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="[NAME=]CONFIG [key=value ...]",
         help="a shipped config or a file, quoted together with its overrides",
     )
-    model.add_argument("--size", type=image_size, default=(800, 1066), metavar="HxW")
+    model.add_argument("--size", type=_checkout.image_size, default=(800, 1066), metavar="HxW")
     model.add_argument("--train", action="store_true", help="a training step too: time and memory")
     args = parser.parse_args(argv)
     args.rounds = args.rounds or (15 if args.command == "op" else 7)
@@ -82,40 +69,19 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def machine(device: str) -> dict[str, str]:
-    found = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": str(torch.get_num_threads()),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-    }
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x]
-        found["processor"] = f"{names[0]}, {len(names)} logical cores" if names else platform.machine()
-    if device == "cuda":
-        found["gpu"] = torch.cuda.get_device_name()
-        found["cuda"] = str(torch.version.cuda)
-    return found
-
-
 def ratio(ours: Timing, other: Timing) -> str:
     middle, low, high = ours.ratio(other)
     return f"{middle:.2f}x ({low:.2f}-{high:.2f})"
 
 
-def megabytes(count: int | None) -> str:
-    return "" if count is None else f"{count / 1e6:.1f}"
-
-
 def benchmark_ops(args: argparse.Namespace) -> tuple[str, list[dict]]:
     torch.set_num_threads(args.threads or 1)
     dtype = getattr(torch, args.dtype)
-    levels = tuple((max(1, round(h * args.scale)), max(1, round(w * args.scale))) for h, w in ops.LEVELS)
+    levels = ops.scaled_levels(args.scale)
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     results = []
     for task in ops.tasks(args.peer, args.compile):
-        small = tuple((max(1, h // 8), max(1, w // 8)) for h, w in levels)
+        small = ops.scaled_levels(args.scale / 8)
         ops.check(task, ops.problem("dense", small, args.device, dtype, 0), tolerance)
         for kind in args.kinds:
             problems = [ops.problem(kind, levels, args.device, dtype, seed) for seed in range(4)]
@@ -201,17 +167,9 @@ def main() -> None:
     print(" · ".join(f"{k} {v}" for k, v in about.items()), "\n")
     print(table)
     if args.json:
-        Path(args.json).write_text(
-            json.dumps(
-                {
-                    "machine": about,
-                    "arguments": {k: v for k, v in vars(args).items() if k != "json"},
-                    "results": records,
-                },
-                indent=1,
-            )
-        )
+        asked = {k: v for k, v in vars(args).items() if k != "json"}
+        write_json(args.json, {"machine": about, "arguments": asked, "results": records})
 
 
 if __name__ == "__main__":
-    main()
+    _checkout.run(main)

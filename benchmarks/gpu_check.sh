@@ -4,9 +4,9 @@
 #   benchmarks/gpu_check.sh             needs torch with CUDA and nvcc; nothing is downloaded
 #   benchmarks/gpu_check.sh --dry-run   without a GPU: builds for sm_90, runs the same scripts on the CPU
 #   benchmarks/gpu_check.sh --pack      on a machine with detectron2: collects in .gpu_check/ what a bare
-#                                  machine lacks (git ignores the folder: carry it along)
-#   --only A,B  --skip A,B         stages, by name
-#   --budget SECONDS               of the whole run (570)
+#                                       machine lacks (git ignores the folder: carry it along)
+#   --only A,B  --skip A,B              stages, by name
+#   --budget SECONDS                    of the whole run (570)
 #
 # Writes gpu_check.md, gpu_check.json and log.txt to $OUT, else to docs/benchmarks/gpu (dry run: to a
 # temporary folder). Every stage has a time limit, and one that fails
@@ -125,7 +125,6 @@ run_targets() {
 }
 
 benchmark() { # FILE ARGUMENTS...
-  [ -f benchmarks/benchmark.py ] || skip 'no benchmarks/benchmark.py'
   local file=$1; shift
   "$PYTHON" benchmarks/benchmark.py "$@" --device "$DEVICE" --json "$RESULTS/$file.json"
 }

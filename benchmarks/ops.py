@@ -25,6 +25,7 @@ from .timing import Timing, peak_memory, take_turns
 
 LEVELS = ((100, 167), (50, 84), (25, 42), (13, 21))  # an 800x1333 image at strides 8 to 64
 HEADS, CHANNELS, POINTS = 8, 32, 4
+KINDS = ("dense", "high levels", "30 %", "10 %", "decoder 900", "decoder 300")
 OURS = "this package"
 PLAIN = "grid_sample"
 
@@ -49,6 +50,11 @@ class Problem:
 
     def leaves(self, *names: str) -> Problem:
         return replace(self, **{n: getattr(self, n).detach().requires_grad_() for n in names})
+
+
+def scaled_levels(scale: float) -> tuple[tuple[int, int], ...]:
+    """``LEVELS`` with sides of that share, for trials."""
+    return tuple((max(1, round(h * scale)), max(1, round(w * scale))) for h, w in LEVELS)
 
 
 def token_centres(levels: tuple[tuple[int, int], ...]) -> Tensor:

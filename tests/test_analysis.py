@@ -2,8 +2,8 @@
 
 import json
 import sys
-from pathlib import Path
 
+import analyze_model as tool
 import pytest
 from detectron2.config import instantiate
 
@@ -13,9 +13,6 @@ from sparse_detr.errors import UserError
 from sparse_detr.kernels import functional
 
 from .modeling.tiny import tiny_model
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import analyze_model as tool  # noqa: E402
 
 SPARSE = "sparse_detr/sparse_detr_r50_30_50ep"
 SIZE = (64, 96)

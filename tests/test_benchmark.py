@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from benchmarks.report import write_json
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -15,6 +19,28 @@ def benchmark(*arguments: str) -> subprocess.CompletedProcess:
         text=True,
         timeout=300,
     )
+
+
+def test_json_has_a_line_per_record(tmp_path):
+    value = {
+        "machine": {"torch": "2"},
+        "levels": [[1, 2]],
+        "results": [{"s": [0.5, 1e-7]}, {"s": None}],
+        "x": [],
+    }
+    write_json(tmp_path / "found.json", value)
+    text = (tmp_path / "found.json").read_text()
+    assert json.loads(text) == value
+    assert '  {"s": [0.5, 1e-07]},\n  {"s": null}\n ],\n' in text
+    for plain in (3, [], {}, [1, 2], [{"a": 1}, {"b": {}}]):
+        write_json(tmp_path / "found.json", plain)
+        assert json.loads((tmp_path / "found.json").read_text()) == plain
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "benchmarks").rglob("*.json")), ids=lambda p: p.stem)
+def test_stored_measurements_have_a_line_per_record(path, tmp_path):
+    write_json(tmp_path / "again.json", json.loads(path.read_text()))
+    assert path.read_text() == (tmp_path / "again.json").read_text()
 
 
 def test_help_of_both_commands():

@@ -1,6 +1,6 @@
 """tools/check_data.py and tools/visualize_data.py, as a user runs them."""
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -29,11 +29,8 @@ def data(tmp_path_factory):
 
 
 def call(monkeypatch, tool, *arguments):
-    spec = importlib.util.spec_from_file_location(tool, ROOT / "tools" / f"{tool}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
-    module.main()
+    importlib.import_module(tool).main()
 
 
 def test_check_data_tells_sound_from_broken(data, tmp_path, monkeypatch, capsys):

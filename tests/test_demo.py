@@ -7,6 +7,8 @@ from pathlib import Path
 from unittest import mock
 
 import cv2
+import demo
+import demo_quick
 import numpy as np
 import pytest
 from detectron2.config import LazyConfig
@@ -17,10 +19,6 @@ from sparse_detr.engine import Checkpointer
 from sparse_detr.errors import UserError
 
 from .modeling.tiny import shrink
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import demo  # noqa: E402
-import demo_quick  # noqa: E402
 
 
 @pytest.fixture(scope="module")

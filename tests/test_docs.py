@@ -2,6 +2,7 @@
 tests/run_docs.py runs all."""
 
 import ast
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -43,8 +44,11 @@ LINKS = [
 def known_flags(script):
     """The flags that a script adds to its parser, and detectron2's where it uses them."""
     source = (ROOT / script).read_text(encoding="utf-8")
+    called = re.findall(r"_checkout\.(\w+)\(", source)
+    shared = ast.parse((ROOT / "tools" / "_checkout.py").read_text(encoding="utf-8")).body
+    parts = [ast.parse(source), *(x for x in shared if getattr(x, "name", None) in called)]
     flags = {"--help"}
-    for node in ast.walk(ast.parse(source)):
+    for node in itertools.chain.from_iterable(map(ast.walk, parts)):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
             flags |= {a.value for a in node.args if isinstance(a, ast.Constant)}
     if "default_argument_parser" in source:
@@ -96,6 +100,14 @@ def test_a_link_leads_somewhere(page, link):
         titles = re.findall(r"^#+ +(.+)$", path.read_text(encoding="utf-8"), re.M)
         slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
         assert anchor in slugs, f"{path.name} has no section {anchor}"
+
+
+def test_the_index_has_every_page_once():
+    index = ROOT / "docs" / "README.md"
+    listed = [(index.parent / link).resolve() for page, link in LINKS if page == index]
+    pages = {*PAGES, ROOT / "projects" / "sparse_detr" / "README.md"} - {index, ROOT / "README.md"}
+    assert sorted(listed) == sorted(pages)
+    assert "docs/README.md" in [link for page, link in LINKS if page == ROOT / "README.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -1,19 +1,16 @@
 """Pictures of tokens: what they show and where, not how they look."""
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import visualize_tokens as tool
 from PIL import Image
 
 from sparse_detr import overlays
 
 from .modeling.tiny import sample, tiny_model
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import visualize_tokens as tool  # noqa: E402
 
 SPARSE = "sparse_detr/sparse_detr_r50_30_50ep"
 

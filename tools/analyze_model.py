@@ -9,45 +9,29 @@
 relate to the papers', is in docs/flops.md.
 """
 
-import argparse
-import importlib.util
 import json
-import sys
-import warnings
 from pathlib import Path
 
-warnings.filterwarnings("ignore", message=r"`torch\.jit\.")  # detectron2's import
-if importlib.util.find_spec("sparse_detr") is None:  # run from a checkout that is not installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "projects"))
+import _checkout
+from detectron2.config import instantiate
 
-from detectron2.config import instantiate  # noqa: E402
-
-from sparse_detr import config  # noqa: E402
-from sparse_detr.analysis import COUNTED, analyze  # noqa: E402
-from sparse_detr.errors import told_in_one_line  # noqa: E402
-
-
-def image_size(text: str) -> tuple[int, int]:
-    """ "800x1066" -> (800, 1066), height first."""
-    height, width = (int(side) for side in text.lower().split("x"))
-    return height, width
+from sparse_detr import config
+from sparse_detr.analysis import COUNTED, analyze
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _checkout.parser(__doc__)
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument(
         "--size",
-        type=image_size,
+        type=_checkout.image_size,
         default=(800, 1066),
         metavar="HxW",
         help="network input in pixels, height x width (default: 800x1066)",
     )
     parser.add_argument("--depth", type=int, default=2, help="levels of modules (default: 2)")
     parser.add_argument("--json", metavar="FILE", help="write all modules there")
-    parser.add_argument("opts", nargs="*", help="config overrides, path.key=value")
+    _checkout.add_overrides(parser)
     args = parser.parse_args()
 
     cfg = config.load_config(args.config_file, args.opts)
@@ -62,5 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
-        main()
+    _checkout.run(main)

@@ -8,26 +8,14 @@ Names what must be mended (exit status 1) and what training would drop or clip. 
 the same check before the first step.
 """
 
-import argparse
-import importlib.util
-import sys
-import warnings
-from pathlib import Path
+import _checkout
+from detectron2.utils.logger import setup_logger
 
-warnings.filterwarnings("ignore", message=r"`torch\.jit\.")  # detectron2's import
-if importlib.util.find_spec("sparse_detr") is None:  # run from a checkout that is not installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "projects"))
-
-from detectron2.utils.logger import setup_logger  # noqa: E402
-
-from sparse_detr.data import check_data  # noqa: E402
-from sparse_detr.errors import told_in_one_line  # noqa: E402
+from sparse_detr.data import check_data
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _checkout.parser(__doc__)
     parser.add_argument("annotations", help="training set: JSON file")
     parser.add_argument("images", help="... and the folder that its file names are relative to")
     parser.add_argument("val", nargs="*", metavar="VAL", help="the same of the validation set")
@@ -40,5 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
-        main()
+    _checkout.run(main)

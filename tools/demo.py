@@ -12,28 +12,23 @@ a `score` in each annotation; the list under "annotations" is what COCO evaluato
 
 import argparse
 import glob
-import importlib.util
 import json
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-warnings.filterwarnings("ignore", message=r"`torch\.jit\.")  # detectron2's import
-if importlib.util.find_spec("sparse_detr") is None:  # run from a checkout that is not installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "projects"))
+import _checkout
+import cv2
+import numpy as np
+from detectron2.data.detection_utils import read_image
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from PIL import Image
+from tqdm import tqdm
 
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-from detectron2.data.detection_utils import read_image  # noqa: E402
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json  # noqa: E402
-from PIL import Image  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from sparse_detr.errors import UserError, told_in_one_line  # noqa: E402
-from sparse_detr.predictor import Predictor  # noqa: E402
-from sparse_detr.visualize import draw_detections  # noqa: E402
+from sparse_detr.errors import UserError
+from sparse_detr.predictor import Predictor
+from sparse_detr.visualize import draw_detections
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
@@ -164,13 +159,8 @@ def run_video(predict: Predictor, path: Path, target: Path | None, results: Resu
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", metavar="DIR", help="output folder of a run; its last checkpoint")
-    source.add_argument("--config-file", metavar="FILE", help="a config or a shipped one's name")
-    parser.add_argument("--weights", default="", metavar="FILE", help="a checkpoint")
+    parser = _checkout.parser(__doc__)
+    _checkout.add_model(parser)
     parser.add_argument("--input", nargs="+", default=[], metavar="PATH", help="images, folders, globs")
     parser.add_argument("--video-input", metavar="FILE", help="a video (needs OpenCV)")
     parser.add_argument(
@@ -187,12 +177,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="SCORE",
         help="lowest score shown (default: 0.5)",
     )
-    parser.add_argument(
-        "--keep-ratio",
-        type=float,
-        metavar="RATIO",
-        help="share of tokens the encoder refreshes, instead of the config's",
-    )
+    _checkout.add_keep_ratio(parser)
     parser.add_argument("--device", default="auto", help='"cuda", "cpu" (default: the GPU if any)')
     parser.add_argument(
         "--opts", nargs="+", default=[], metavar="KEY=VALUE", help="config overrides, path.key=value"
@@ -236,5 +221,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
-        main()
+    _checkout.run(main)

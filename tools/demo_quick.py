@@ -7,25 +7,20 @@ The data are drawn from a seed (sparse_detr.data.synthetic); nothing is download
 it takes a few minutes. The same as ``train_net.py`` on that config, and pictures.
 """
 
-import argparse
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import _checkout
+from detectron2.config import instantiate
+from detectron2.data import MetadataCatalog
+from detectron2.engine import default_argument_parser
+from PIL import Image
+from tabulate import tabulate
 
-from detectron2.config import instantiate  # noqa: E402
-from detectron2.data import MetadataCatalog  # noqa: E402
-from detectron2.engine import default_argument_parser  # noqa: E402
-from PIL import Image  # noqa: E402
-from tabulate import tabulate  # noqa: E402
-
-import train_net  # noqa: E402  (makes `sparse_detr` importable)
-from sparse_detr import build_model, config, overlays  # noqa: E402
-from sparse_detr.errors import told_in_one_line  # noqa: E402
+import train_net
+from sparse_detr import build_model, config, overlays
 
 PICTURES = 8
 OWN_FOLDER = "output/demo"
@@ -63,10 +58,10 @@ def table(results: dict[str, float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = _checkout.parser(__doc__)
     parser.add_argument("--config-file", default="quick/sparse_detr_shapes", metavar="FILE")
     parser.add_argument("--output-dir", metavar="DIR", help=f"default: {OWN_FOLDER}, emptied first")
-    parser.add_argument("opts", nargs="*", help="config overrides, path.key=value")
+    _checkout.add_overrides(parser)
     args = parser.parse_args()
 
     if args.output_dir is None:
@@ -84,5 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
-        main()
+    _checkout.run(main)

@@ -11,49 +11,32 @@ and box coordinate (pixels) on random images; more than --tolerance is an error.
 """
 
 import argparse
-import importlib.util
 import logging
 import os
 import sys
-import warnings
-from pathlib import Path
 
-warnings.filterwarnings("ignore", message=r"`torch\.jit\.")  # detectron2's import
-if importlib.util.find_spec("sparse_detr") is None:  # run from a checkout that is not installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "projects"))
+import _checkout
 
-from sparse_detr.errors import told_in_one_line  # noqa: E402
-from sparse_detr.export import compare_onnx, export_onnx  # noqa: E402
-from sparse_detr.predictor import Predictor  # noqa: E402
-
-
-def size(text: str) -> tuple[int, int]:
-    height, width = (int(part) for part in text.lower().split("x"))
-    return height, width
+from sparse_detr.export import compare_onnx, export_onnx
+from sparse_detr.predictor import Predictor
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", metavar="DIR", help="output folder of a run; its last checkpoint")
-    source.add_argument("--config-file", metavar="FILE", help="a config or a shipped one's name")
-    parser.add_argument("--weights", default="", metavar="FILE", help="a checkpoint")
+    parser = _checkout.parser(__doc__)
+    _checkout.add_model(parser)
     parser.add_argument("--output", default="model.onnx", metavar="FILE")
     parser.add_argument(
-        "--size", type=size, default=(480, 640), metavar="HxW", help="of the traced image (default: 480x640)"
+        "--size",
+        type=_checkout.image_size,
+        default=(480, 640),
+        metavar="HxW",
+        help="of the traced image (default: 480x640)",
     )
-    parser.add_argument(
-        "--keep-ratio",
-        type=float,
-        metavar="RATIO",
-        help="share of tokens the encoder refreshes, instead of the config's",
-    )
+    _checkout.add_keep_ratio(parser)
     parser.add_argument("--fixed", action="store_true", help="accept only images of --size")
     parser.add_argument("--no-check", action="store_true", help="do not run onnxruntime")
     parser.add_argument("--tolerance", type=float, default=1e-2, help="(default: 0.01)")
-    parser.add_argument("opts", nargs="*", help="config overrides, path.key=value")
+    _checkout.add_overrides(parser)
     return parser.parse_args(arguments)
 
 
@@ -83,5 +66,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
-        main()
+    _checkout.run(main)

@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env python
 """Compare the models with what their published implementations computed.
 
     python tools/parity.py tests/parity                     every case below a folder
@@ -12,20 +12,16 @@ checkpoints load with nothing left over. The exit status is 0 if every case pass
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import time
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "projects"), str(ROOT)]
+import _checkout
+import torch
 
-import torch  # noqa: E402
-
-from tests.parity.replay import find_replay  # noqa: E402
-from tests.parity.replay.case import Case  # noqa: E402
+from tests.parity.replay import replay
+from tests.parity.replay.case import Case
 
 
 def find_cases(paths: list[str]) -> list[Path]:
@@ -39,14 +35,14 @@ def find_cases(paths: list[str]) -> list[Path]:
     return found
 
 
-def replay(path: Path, dtype: torch.dtype) -> dict:
+def run(path: Path, dtype: torch.dtype) -> dict:
     """Run one case; a case that cannot be read or built has failed."""
     start = time.perf_counter()
     case = None
     result = {"case": path.stem, "path": str(path), "dtype": str(dtype).removeprefix("torch.")}
     try:
         case = Case.load(path, dtype)
-        find_replay(case)(case)
+        replay(case)
         error = None
     except Exception as caught:  # noqa: BLE001 - reported as this case's failure
         error = f"{type(caught).__name__}: {caught}"
@@ -85,7 +81,7 @@ def describe(result: dict) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = _checkout.parser(__doc__)
     parser.add_argument("paths", nargs="+", metavar="PATH", help="case file or folder")
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
@@ -93,7 +89,7 @@ def main() -> int:
     cases = find_cases(args.paths)
     results = []
     for path in cases:
-        results.append(replay(path, getattr(torch, args.dtype)))
+        results.append(run(path, getattr(torch, args.dtype)))
         print(describe(results[-1]), flush=True)
     passed = sum(r["passed"] for r in results)
     if args.json:
@@ -105,4 +101,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _checkout.run(main)

@@ -10,29 +10,21 @@ same order, as training with this config and seed (without mean and standard dev
 model takes off). `--config-file` takes a file or the name of a shipped config; overrides follow.
 """
 
-import argparse
-import importlib.util
 import itertools
 import os
-import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-warnings.filterwarnings("ignore", message=r"`torch\.jit\.")  # detectron2's import
-if importlib.util.find_spec("sparse_detr") is None:  # run from a checkout that is not installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "projects"))
+import _checkout
+import numpy as np
+from detectron2.config import instantiate
+from detectron2.data import Metadata, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from omegaconf import DictConfig
+from PIL import Image
 
-import numpy as np  # noqa: E402
-from detectron2.config import instantiate  # noqa: E402
-from detectron2.data import Metadata, MetadataCatalog  # noqa: E402
-from detectron2.data.detection_utils import read_image  # noqa: E402
-from omegaconf import DictConfig  # noqa: E402
-from PIL import Image  # noqa: E402
-
-from sparse_detr import config  # noqa: E402
-from sparse_detr.errors import told_in_one_line  # noqa: E402
-from sparse_detr.visualize import draw_ground_truth, draw_input  # noqa: E402
+from sparse_detr import config
+from sparse_detr.visualize import draw_ground_truth, draw_input
 
 
 def dataset_metadata(cfg: DictConfig) -> Metadata:
@@ -64,15 +56,13 @@ def loaded(cfg: DictConfig, num: int, width: int) -> Iterator[tuple[str, np.ndar
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _checkout.parser(__doc__)
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument("--source", choices=("annotation", "dataloader"), default="dataloader")
     parser.add_argument("--output", default="output/data", metavar="DIR")
     parser.add_argument("--num", type=int, default=16, help="how many images (default: 16)")
     parser.add_argument("--width", type=int, default=800, help="of each picture (default: 800)")
-    parser.add_argument("opts", nargs="*", help="config overrides, path.key=value")
+    _checkout.add_overrides(parser)
     args = parser.parse_args()
 
     cfg = config.load_config(args.config_file, args.opts)
@@ -85,5 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
-        main()
+    _checkout.run(main)

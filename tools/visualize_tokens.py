@@ -10,44 +10,28 @@ score map and the decoder attention map. `--config-file` takes a file, the name 
 or the output folder of a run, whose last checkpoint is then used.
 """
 
-import argparse
-import importlib.util
 import os
-import sys
-import warnings
-from pathlib import Path
 
-warnings.filterwarnings("ignore", message=r"`torch\.jit\.")  # detectron2's import
-if importlib.util.find_spec("sparse_detr") is None:  # run from a checkout that is not installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "projects"))
+import _checkout
+import numpy as np
+from demo import find_images
+from detectron2.data.detection_utils import read_image
+from PIL import Image
 
-import numpy as np  # noqa: E402
-from demo import find_images  # noqa: E402
-from detectron2.data.detection_utils import read_image  # noqa: E402
-from PIL import Image  # noqa: E402
-
-from sparse_detr.errors import told_in_one_line  # noqa: E402
-from sparse_detr.overlays import draw_tokens, recorded_output  # noqa: E402
-from sparse_detr.predictor import Predictor  # noqa: E402
-from sparse_detr.visualize import draw_detections  # noqa: E402
+from sparse_detr.overlays import draw_tokens, recorded_output
+from sparse_detr.predictor import Predictor
+from sparse_detr.visualize import draw_detections
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _checkout.parser(__doc__)
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument("--weights", default="", metavar="FILE", help="a checkpoint")
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="images, folders, globs")
     parser.add_argument("--output", default="output/tokens", metavar="DIR")
     parser.add_argument("--width", type=int, default=480, help="of each picture (default: 480)")
     parser.add_argument("--threshold", type=float, default=0.4, help="score of drawn detections")
-    parser.add_argument(
-        "--keep-ratio",
-        type=float,
-        metavar="RATIO",
-        help="share of tokens the encoder refreshes, instead of the config's",
-    )
+    _checkout.add_keep_ratio(parser)
     parser.add_argument(
         "--opts", nargs="+", default=[], metavar="KEY=VALUE", help="config overrides, path.key=value"
     )
@@ -78,5 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
-        main()
+    _checkout.run(main)

@@ -4,15 +4,17 @@ python benchmarks/gpu/machine.py FILE.json    (DRY=1 in the environment: no GPU 
 """
 
 import importlib.util
-import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+import _checkout
 import torch
+
+from benchmarks.report import machine, write_json
 
 PACKAGES = (
     "pytest",
@@ -37,10 +39,7 @@ def first_line(*command: str) -> str | None:
 
 def main() -> int:
     found = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torch cuda": torch.version.cuda,
-        "cpu cores": os.cpu_count(),
+        **machine("cuda" if torch.cuda.is_available() else "cpu"),
         "nvcc": first_line("nvcc", "--version")
         and (
             subprocess.run(["nvcc", "--version"], capture_output=True, text=True)
@@ -59,12 +58,11 @@ def main() -> int:
     }
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
-        found["gpu"] = gpu.name
-        found["capability"] = f"{gpu.major}.{gpu.minor}"
+        found["compute capability"] = f"{gpu.major}.{gpu.minor}"
         found["multiprocessors"] = gpu.multi_processor_count
         found["L2 MB"] = round(getattr(gpu, "L2_cache_size", 0) / 2**20, 1)
         found["memory GB"] = round(gpu.total_memory / 2**30, 1)
-    Path(sys.argv[1]).write_text(json.dumps(found, indent=1))
+    write_json(sys.argv[1], found)
     for key, value in found.items():
         print(f"{key}: {value}")
     if "gpu" not in found and not os.environ.get("DRY"):
@@ -75,4 +73,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _checkout.run(main)

@@ -3,12 +3,10 @@
 //   copy       device memory, read and write
 //   gather     128-byte rows at random from a map of 22.8 MB (a 800x1333 image's values: in L2) and
 //              from 16 KB (in L1): what the forward lives on
-//   red        additions to random rows of such a map, one float or four per instruction; and to
-//   273
-//              rows (the coarsest level): what the backward lives on
-//   shared     integer additions with return value to 2 048 counters in shared memory, at random
-//   and
-//              with 8 lanes on each: what sorting lives on
+//   red        additions to random rows of such a map, one float or four per instruction; and
+//              to 273 rows (the coarsest level): what the backward lives on
+//   shared     integer additions with return value to 2 048 counters in shared memory, at
+//              random and with 8 lanes on each: what sorting lives on
 //
 //   nvcc -O3 -arch=native benchmarks/gpu/micro.cu -o micro && ./micro FILE.json
 #include <cuda_runtime.h>

@@ -1,6 +1,6 @@
 """Collects what a machine without a package index lacks, and makes it importable there.
 
-python benchmarks/gpu/pack.py FOLDER               collect from this environment, into FOLDER
+python benchmarks/gpu/pack.py FOLDER                    collect from this environment, into FOLDER
 python benchmarks/gpu/pack.py --use FOLDER/site TARGET   link into TARGET what is not installed here
 
 Pure-Python packages are copied from this environment, so the copy is of versions that work together.

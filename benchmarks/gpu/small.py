@@ -5,16 +5,15 @@
 Queries as tiles and as a list, gradients per corner, per block and in fixed point, 16-bit values.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "projects"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+import _checkout
+import torch
 
-import torch  # noqa: E402
-
-from sparse_detr.kernels import (  # noqa: E402
+from sparse_detr.kernels import (
     attention_map_splat,
     key_aware_deform_attn,
     ms_deform_attn,
@@ -86,7 +85,7 @@ def compare(name: str, function, plain, arguments) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = _checkout.parser(__doc__)
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     device = parser.parse_args().device
     backend = status(device, load=True).backend
@@ -110,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _checkout.run(main)

@@ -9,10 +9,10 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+import _checkout
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+from benchmarks.report import markdown, write_json
 
 
 def main() -> None:
@@ -27,26 +27,26 @@ def main() -> None:
         "stages": [dict(zip(("name", "state", "seconds", "last line"), s)) for s in stages],
         **parts,
     }
-    (target / "gpu_check.json").write_text(json.dumps(whole, indent=1))
+    write_json(target / "gpu_check.json", whole)
 
     machine = parts.get("machine", {})
     text = ["# GPU check" + (" (rehearsal without a GPU: no number below is a GPU's)" if dry else "")]
     text.append(" · ".join(f"{k} {v}" for k, v in machine.items() if v and not isinstance(v, dict)))
     text.append(
-        table(["stage", "", "s", "last line"], [[n, s, t, x.replace("|", "/")] for n, s, t, x in stages])
+        markdown(["stage", "", "s", "last line"], [[n, s, t, x.replace("|", "/")] for n, s, t, x in stages])
     )
     if "micro" in parts:
         rates = {k: v for k, v in parts["micro"].items() if isinstance(v, dict)}
         text.append(
             "## Rates\n\n"
-            + table(
+            + markdown(
                 ["", "median", "best", ""], [[k, v["median"], v["best"], v["unit"]] for k, v in rates.items()]
             )
         )
     if "targets" in parts:
         text.append(
             "## Kernel times\n\n"
-            + table(
+            + markdown(
                 ["", "", "", "median us", "best-worst", "target (must, hoped for)", ""],
                 [
                     [
@@ -67,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _checkout.run(main)

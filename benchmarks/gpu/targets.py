@@ -8,21 +8,19 @@ noise of one pixel. On a GPU: replays of a CUDA graph of 20 calls that rotate fo
 corner ("direct"), per block ("aggregated") and with deterministic algorithms.
 """
 
-import argparse
-import json
 import os
 import statistics
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "projects"), str(ROOT)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+import _checkout
+import torch
 
-import torch  # noqa: E402
-
-from benchmarks import ops  # noqa: E402
-from sparse_detr.kernels import ms_deform_attn, status  # noqa: E402
+from benchmarks import ops
+from benchmarks.report import write_json
+from sparse_detr.kernels import ms_deform_attn, status
 
 CALLS, SETS = 20, 4
 # Microseconds, (must, hoped for), by kind: forward float32, forward bfloat16, backward.
@@ -75,7 +73,7 @@ def verdict(time_: float, target: tuple[float, float] | None, device: str) -> st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = _checkout.parser(__doc__)
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--scale", type=float, default=1.0, help="shrinks the maps (for a trial)")
     parser.add_argument("--kinds", nargs="+", choices=TARGETS, metavar="KIND", help="(all)")
@@ -87,7 +85,7 @@ def main() -> None:
     backend = status(device, load=True).backend
     if device == "cuda" and backend != "cuda":
         sys.exit(f"the CUDA operators are not in use: {status(device).reason}")
-    levels = tuple((max(1, round(h * args.scale)), max(1, round(w * args.scale))) for h, w in ops.LEVELS)
+    levels = ops.scaled_levels(args.scale)
     found = []
 
     def record(kind, what, dtype, times, target):
@@ -147,9 +145,7 @@ def main() -> None:
                     record(kind, f"deterministic, {path}", name, times, DETERMINISTIC)
             os.environ.pop("SPARSE_DETR_BACKWARD")
     if args.json:
-        args.json.write_text(
-            json.dumps({"device": device, "backend": backend, "levels": levels, "results": found}, indent=1)
-        )
+        write_json(args.json, {"device": device, "backend": backend, "levels": levels, "results": found})
     missed = [x for x in found if x["verdict"] == "MISSED"]
     print(
         f"{len(found)} times, {len(missed)} targets missed"
@@ -159,4 +155,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _checkout.run(main)

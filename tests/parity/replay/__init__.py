@@ -6,11 +6,22 @@
 from .case import Case
 
 
+def replay(case: Case) -> None:
+    """Compute a case again and compare everything it stores; ``case.checks`` has the outcome.
+
+    Raises:
+        ValueError: nothing replays such a case, or an array was compared with nothing.
+    """
+    find_replay(case)(case)
+    if unchecked := case.unchecked:
+        raise ValueError(f"{case.name}: arrays {unchecked} were not compared")
+
+
 def find_replay(case: Case):
     """The function that replays ``case``, from its system and what its configuration holds."""
     from . import deformable, dino, lite, ops
 
-    system, config = case.meta["system"], case.config
+    system, config = str(case.meta.get("system")), case.meta.get("config", {})
     if system in ("deformable_detr", "sparse_detr", "h_deformable_detr"):
         if "head_dim" in config:
             return ops.run_core
@@ -27,4 +38,7 @@ def find_replay(case: Case):
         if "reference_dim" in config:
             return lite.run_attention
         return lite.run if "backbone" in config else lite.run_encoder
-    raise ValueError(f"{case.name}: unknown system {system!r}")
+    raise ValueError(
+        f"system {system!r} is not replayed here; known: deformable_detr, sparse_detr, h_deformable_detr, "
+        "dino, focus_detr, lite_detr"
+    )

@@ -15,12 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparse_detr.modeling.matcher import Target
+
 from . import recipe
 
 FLOAT64_TOLERANCE = 1e-5  # relative to max(1, |value|)
 FLOAT32_FLOORS = 20  # float32 may be this many noise floors away
 _DRAW = re.compile(r"\b(normal|uniform)\(\s*'([^']+)'\s*,\s*\(([^)]*)\)([^)]*)\)")
 _CHANGE = re.compile(r"components (\d+): become ([\d.]+)\+([\d.]+)\*u")
+# Arrays that are no result: targets, random draws, and where others were sampled.
+_GIVEN = re.compile(r"target_(boxes|labels)\d+|dn_(label_p|label_new|box_sign|box_rand)|rows|\w+_(pos|token)")
 
 
 @dataclass
@@ -108,10 +112,27 @@ class Case:
     def _shape(self, text: str) -> tuple[int, ...]:
         return tuple(int(x) for x in text.split(",") if x.strip())
 
+    def stores(self, *names: str) -> bool:
+        """Whether the case has all of these arrays: it may leave out any."""
+        return all(name in self.arrays for name in names)
+
     def array(self, name: str) -> Tensor:
         """A stored array that is an input."""
+        if name not in self.arrays:
+            raise ValueError(f"{self.name}: the array {name!r}, an input, is missing")
         self.accounted.add(name)
         return self.tensor(self.arrays[name])
+
+    def targets(self, sizes: list | None = None) -> list[Target]:
+        """The objects of every image, of these sizes: none where the case has no arrays for it."""
+        found = []
+        for image, size in enumerate(sizes or self.meta["image_sizes"]):
+            if self.stores(f"target_labels{image}"):
+                labels, boxes = self.array(f"target_labels{image}"), self.array(f"target_boxes{image}")
+            else:
+                labels, boxes = torch.zeros(0), torch.zeros(0, 4, dtype=self.dtype)
+            found.append(Target(labels.long(), boxes, tuple(size)))
+        return found
 
     def tensor(self, value: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.array(value))
@@ -123,14 +144,17 @@ class Case:
         """Check ``value`` against the stored array ``name``; integers and booleans must be equal.
 
         ``expected`` replaces the stored array (a part of it); ``floor`` names its noise floor.
+        An array that the case leaves out is not compared.
         """
         self.accounted.add(name)
         if expected is None:
+            if name not in self.arrays:
+                return
             expected = self.arrays[name]
         value = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
         expected = np.asarray(expected)
         if value.shape != expected.shape:
-            raise ValueError(f"{name}: shape {value.shape}, expected {expected.shape}")
+            raise ValueError(f"{self.name}: {name} has shape {value.shape}, stored is {expected.shape}")
         if expected.dtype.kind in "biu":
             self.decide(name, bool(np.array_equal(value, expected)))
             return
@@ -141,14 +165,47 @@ class Case:
         else:
             rounding = np.finfo(np.float32).eps * max(1.0, float(np.abs(wanted).max(initial=0)))
             # A lower floor says that both published runs agreed, not that rounding is an error.
-            noise = self.meta["noise_floor"].get(floor or name, 0.0)
+            noise = self.meta.get("noise_floor", {}).get(floor or name, 0.0)
             tolerance = FLOAT32_FLOORS * max(noise, rounding)
         self.checks.append(Check(name, float(error.max(initial=0.0)), tolerance))
+
+    def compare_rows(self, name: str, x: Tensor) -> None:
+        """``compare`` of the tokens of ``x`` (B, N, ...) that the case stores, its ``rows``."""
+        if self.stores(name):
+            self.compare(name, at(x, self.array("rows")))
+
+    def compare_stats(self, name: str, memory: Tensor, padding: Tensor) -> None:
+        """``compare`` of the statistics of each image's unpadded tokens, (B, N, C) and (B, N)."""
+        self.compare(name, torch.tensor([stats(image[~mask]) for image, mask in zip(memory, padding)]))
 
     def decide(self, name: str, equal: bool) -> None:
         """Record a decision (a ranking, a match, a count) that must be equal."""
         self.accounted.add(name)
         self.checks.append(Check(name, 0.0 if equal else float("inf"), 0.0, decision=True))
+
+    def decide_rows(self, name: str, found: Tensor, transposed: bool = False) -> None:
+        """Whether ``found`` has the rows of a stored array of integers, in any order."""
+        if self.stores(name):
+            wanted = self.arrays[name].T if transposed else self.arrays[name]
+            self.decide(name, sorted(found.tolist()) == sorted(wanted.tolist()))
+
+    def named(self, name: str, names: list[str]) -> list[tuple[str, np.ndarray]]:
+        """The values of the stored array ``name``, each by the name that the case gives it."""
+        self.accounted.add(name)
+        return list(zip(names, self.arrays[name], strict=True))
+
+    def compare_loss(self, name: str, value: Tensor | None, wanted: float, prefix: str = "") -> None:
+        """A loss of ``loss_values``; one that is not computed here must be zero, without denoising."""
+        if value is None:
+            self.decide(f"{prefix}loss:{name}", "_dn" in name and float(wanted) == 0)
+        else:
+            self.compare(f"{prefix}loss:{name}", value.reshape(()), wanted, f"{prefix}loss_values")
+
+    def gradient_arrays(self) -> list[str]:
+        """The stored gradients that are to be compared: none in float32, where they are noise."""
+        found = [name for name in self.arrays if name.startswith("grad")]
+        self.accounted.update(found)
+        return found if self.exact else []
 
     def skip(self, *names: str) -> None:
         """Arrays that are inputs, or are declared informative by the case."""
@@ -156,13 +213,41 @@ class Case:
 
     @property
     def unchecked(self) -> list[str]:
+        """Results that nothing was compared with."""
         informative = self.meta.get("informative_only", {})
-        patterns = [re.escape(p).replace(r"\*", ".*") for p in informative]
+        patterns = [_GIVEN, *(re.escape(p).replace(r"\*", ".*") for p in informative)]
         return [
             name
             for name in self.arrays
             if name not in self.accounted and not any(re.fullmatch(p, name) for p in patterns)
         ]
+
+
+def at(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows (B, R) of each image of ``x`` (B, N, ...)."""
+    return torch.stack([image[row] for image, row in zip(x, rows.long())])
+
+
+def gradients(loss: Tensor, leaves: dict) -> dict:
+    """Gradients of ``loss`` by name; zero where it does not depend on a leaf."""
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(leaf) if gradient is None else gradient
+        for (name, leaf), gradient in zip(leaves.items(), found)
+    }
+
+
+def stats(x: Tensor) -> list[float]:
+    """Mean, deviation, absolute sum, extremes and size of a tensor, as cases store them."""
+    x = x.detach()
+    return [
+        float(x.mean()),
+        float(x.std(correction=0)),
+        float(x.abs().sum()),
+        float(x.min()),
+        float(x.max()),
+        float(x.numel()),
+    ]
 
 
 class Replay(nn.Module):

@@ -17,7 +17,7 @@ from sparse_detr.modeling import build_dilated_resnet
 from sparse_detr.modeling.matcher import Target
 from sparse_detr.modeling.postprocess import top_detections
 
-from .case import Case, Replay
+from .case import Case, Replay, at, gradients
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Logged by the published code, not part of the function.
@@ -131,18 +131,11 @@ def run(case: Case) -> None:
     model.backbone.eval()  # no stochastic depth; the norms are frozen
     with torch.set_grad_enabled(training):
         Replay(model).run(convert(case, model), lambda m: _body(case, m))
-    if unchecked := case.unchecked:
-        raise ValueError(f"{case.name}: arrays {unchecked} were not compared")
 
 
 def _body(case: Case, model) -> None:
     sizes = [tuple(size) for size in case.meta["image_sizes"]]
-    targets = None
-    if model.training:
-        targets = [
-            Target(case.array(f"target_labels{i}"), case.array(f"target_boxes{i}"), size)
-            for i, size in enumerate(sizes)
-        ]
+    targets = case.targets() if model.training else None
     if case.meta["from_"] == "image":
         output = model.detect(images(case, MEAN, STD), targets)
     else:
@@ -167,43 +160,22 @@ def images(case: Case, mean, std) -> ImageList:
     return ImageList.from_tensors(normalised)
 
 
-def at(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows (B, R) of each image of ``x`` (B, N, ...)."""
-    return torch.stack([image[row] for image, row in zip(x, rows.long())])
-
-
 def compare_tokens(case: Case, output) -> None:
     """The parts that all whole-model cases store: geometry, encoder input and output."""
     tokens = output.tokens
-    rows = case.array("rows")
     case.compare("spatial_shapes", torch.tensor(tokens.shapes))
     case.compare("valid_ratios", tokens.valid_ratios)
-    case.compare("src_rows", at(tokens.features, rows))
-    case.compare("memory_rows", at(output.encoded.memory, rows))
-    position = at(tokens.position, rows)
-    case.compare("lvl_pos_rows", position[:, : case.arrays["lvl_pos_rows"].shape[1]])
-
-
-def stats(x: Tensor) -> list[float]:
-    """Mean, deviation, absolute sum, extremes and size of a tensor, as cases store them."""
-    x = x.detach()
-    return [
-        float(x.mean()),
-        float(x.std(correction=0)),
-        float(x.abs().sum()),
-        float(x.min()),
-        float(x.max()),
-        float(x.numel()),
-    ]
+    case.compare_rows("src_rows", tokens.features)
+    case.compare_rows("memory_rows", output.encoded.memory)
+    if case.stores("lvl_pos_rows"):  # of the first rows only
+        rows = case.array("rows")[:, : case.arrays["lvl_pos_rows"].shape[1]]
+        case.compare("lvl_pos_rows", at(tokens.position, rows))
+    if case.stores("memory_stats"):
+        case.compare_stats("memory_stats", output.encoded.memory, tokens.mask)
 
 
 def _compare_predictions(case: Case, model, output) -> None:
-    decoded, tokens = output.decoded, output.tokens
-    rows = case.array("rows")
-    valid = ~tokens.mask
-    if "memory_stats" in case.arrays:
-        memory = [image[keep] for image, keep in zip(output.encoded.memory, valid)]
-        case.compare("memory_stats", torch.tensor([stats(m) for m in memory]))
+    decoded = output.decoded
     case.compare("pred_logits", output.logits)
     case.compare("pred_boxes", output.boxes)
     case.compare("hs_last", decoded.states[-1][:, ::6])
@@ -217,30 +189,38 @@ def _compare_predictions(case: Case, model, output) -> None:
         case.compare("one2many_logits_q6", decoded.logits[-1][:, second][:, ::6])
     if output.proposals is not None:
         proposals = output.proposals
-        case.compare("enc_logits_rows", at(proposals.logits, rows))
-        case.compare("enc_boxes_rows", at(proposals.boxes, rows))
+        case.compare_rows("enc_logits_rows", proposals.logits)
+        case.compare_rows("enc_boxes_rows", proposals.boxes)
         case.compare("enc_fg_score", model.transformer.proposal_head.score(proposals.logits))
         case.compare("topk_proposals", proposals.selected)
     if output.encoded.selected is not None:
         case.compare("mask_prediction", output.encoded.scores)
         case.compare("backbone_topk_proposals", output.encoded.selected)
         case.compare("sparse_token_nums", output.encoded.selected_mask.sum(1))
-        case.compare("valid_token_nums", valid.sum(1))
-    if "aux_enc_logits" in case.arrays:
-        where = case.array("aux_enc_pos").long()
-        at_rows = where.expand(len(rows), -1)
-        if output.encoded.selected is not None:
-            case.compare("aux_enc_token", output.encoded.selected[:, where])
-            at_rows = _rows_of_rank(output.encoded)[:, where]
-        sets = output.encoded.predictions.values()
-        case.compare("aux_enc_logits", torch.stack([at(logits, at_rows) for logits, _ in sets]))
-        case.compare("aux_enc_boxes", torch.stack([at(boxes, at_rows) for _, boxes in sets]))
-    _compare_detections(case, output)
+        case.compare("valid_token_nums", (~output.tokens.mask).sum(1))
+    if output.encoded.predictions:
+        _compare_encoder_predictions(case, output.encoded)
+    if case.stores("post_scores"):
+        _compare_detections(case, output)
 
 
-def _rows_of_rank(encoded) -> torch.Tensor:
-    """(B, K): in which row of the auxiliary predictions the k-th best token stands."""
-    return encoded.kept.order.argsort(1)
+def _compare_encoder_predictions(case: Case, encoded) -> None:
+    """The encoder's auxiliary predictions at ``aux_enc_pos``, places in the list of chosen tokens.
+
+    A dense encoder's list is all tokens: places and ``aux_enc_token`` are the same.
+    """
+    if case.stores("aux_enc_pos"):
+        rows = case.array("aux_enc_pos").long().expand(len(encoded.memory), -1)
+    elif case.stores("aux_enc_token") and encoded.selected is None:
+        rows = case.array("aux_enc_token")
+    else:
+        return
+    if encoded.selected is not None:
+        case.compare("aux_enc_token", encoded.selected.gather(1, rows))
+        rows = encoded.kept.order.argsort(1).gather(1, rows)
+    logits, boxes = zip(*encoded.predictions.values())
+    case.compare("aux_enc_logits", torch.stack([at(x, rows) for x in logits]))
+    case.compare("aux_enc_boxes", torch.stack([at(x, rows) for x in boxes]))
 
 
 def _compare_detections(case: Case, output) -> None:
@@ -270,10 +250,9 @@ def _compare_losses(case: Case, model, output, targets: list[Target]) -> None:
         start = (counts * one.assignment.repeat).cumsum(0) - counts * one.assignment.repeat
         local, query = (match.target - start[match.batch]) % counts[match.batch], match.query
         if one.assignment.suffix.startswith("_enc_") and output.encoded.selected is not None:
-            query = _rows_of_rank(output.encoded).argsort(1)[match.batch, query]  # its rank
+            query = output.encoded.kept.order[match.batch, query]  # its rank
         calls.append(torch.stack([torch.full_like(local, call), match.batch, query, local], 1))
-    found, wanted = torch.cat(calls).tolist(), case.arrays["matches"].tolist()
-    case.decide("matches", sorted(found) == sorted(wanted))
+    case.decide_rows("matches", torch.cat(calls))
 
     raw, total = {}, 0.0
     for name, value, weight in criterion.losses(sets, targets):
@@ -288,31 +267,29 @@ def _compare_losses(case: Case, model, output, targets: list[Target]) -> None:
         raw[name] = value / case.config["mask_prediction_coef"]
     for name, value in output.encoded.metrics.items():
         raw[name] = value
-    case.skip("loss_values")
-    for name, wanted in zip(case.meta["loss_names"], case.arrays["loss_values"]):
-        if not name.startswith(LOGGED):
-            case.compare(f"loss:{name}", raw.pop(name).reshape(()), wanted, "loss_values")
-    assert not raw, f"{case.name}: losses {list(raw)} are not in the published model"
+    if case.stores("loss_values"):
+        for name, wanted in case.named("loss_values", case.meta["loss_names"]):
+            if not name.startswith(LOGGED):
+                case.compare_loss(name, raw.pop(name, None), wanted)
+        assert not raw, f"{case.name}: losses {list(raw)} are not in the published model"
     case.compare("total_loss", total.reshape(1))
     if output.encoded.selected is not None:
         case.compare("dam_map", output.encoded.intermediate["attention_map"])
         case.compare("dam_target", output.encoded.intermediate["target"])
-    compare_gradients(case, model, total)
+    compare_gradients(case, total)
 
 
-def compare_gradients(case: Case, model, total: Tensor) -> None:
+def compare_gradients(case: Case, total: Tensor) -> None:
     """Gradients of ``total`` with respect to the published parameters (float64 only)."""
-    names = case.meta["grad_names"]
-    case.skip(*(name for name in case.arrays if name.startswith(("grad:", "grad_"))))
-    if not case.exact:
+    stored = case.gradient_arrays()
+    if not stored:
         return
-    leaves = [case.published[name] for name in names]
-    gradients = dict(zip(names, torch.autograd.grad(total, leaves, allow_unused=True)))
-    gradients = {n: torch.zeros_like(case.published[n]) if g is None else g for n, g in gradients.items()}
-    case.compare("grad_norm", torch.stack([g.norm() for g in gradients.values()]))
-    case.compare("grad_sum", torch.stack([g.sum() for g in gradients.values()]))
-    for key in [k for k in case.arrays if k.startswith("grad:")]:
-        gradient = gradients[key.removeprefix("grad:")]
-        if gradient.dim() > 1:  # the first rows and columns of the flattened filters are stored
-            gradient = gradient.flatten(1)[:, : case.arrays[key].shape[1]]
-        case.compare(key, gradient[: case.arrays[key].shape[0]])
+    found = gradients(total, {name: case.published[name] for name in case.meta["grad_names"]})
+    case.compare("grad_norm", torch.stack([g.norm() for g in found.values()]))
+    case.compare("grad_sum", torch.stack([g.sum() for g in found.values()]))
+    for key in stored:
+        if key.startswith("grad:"):
+            gradient, shape = found[key.removeprefix("grad:")], case.arrays[key].shape
+            if gradient.dim() > 1:  # the first rows and columns of the flattened filters are stored
+                gradient = gradient.flatten(1)[:, : shape[1]]
+            case.compare(key, gradient[: shape[0]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 import torch.nn.functional as F
 from detectron2.config import instantiate
@@ -15,8 +17,8 @@ from sparse_detr.modeling.matcher import Target
 from sparse_detr.modeling.postprocess import top_detections
 
 from . import recipe
-from .case import Case, Replay
-from .deformable import LOGGED, MEAN, STD, at, convert, images, stats
+from .case import Case, Replay, at, gradients, stats
+from .deformable import LOGGED, MEAN, STD, compare_gradients, compare_tokens, convert, images
 
 PREFIX = "transformer.encoder.layers.0.self_attn."
 
@@ -112,40 +114,25 @@ def run_attention(case: Case) -> None:
     shapes = tuple(tuple(shape) for shape in config["spatial_shapes"])
     mask = case.array("mask") if "mask" in case.arrays else None
     output, _ = layer(query, reference, value, shapes, mask)
-    case.compare("output", output[:, :: case.meta["steps"]["out_step"]])
+    steps = case.meta.get("steps", {})
+    case.compare("output", output[:, :: steps.get("out_step", 1)])
 
     upstream = case.drawn_like("grad_output", output)
     inputs = {"query": query, "reference": reference, "value": value}
-    gradients = _gradients((output * upstream).sum(), inputs | dict(layer.named_parameters()))
-    steps = case.meta["steps"]
-    case.compare("grad_query", gradients["query"][:, :: steps["q_step"]])
-    case.compare("grad_reference", gradients["reference"])
-    case.compare("grad_value_rows", gradients["value"][:, :: steps["v_step"]])
+    found = gradients((output * upstream).sum(), inputs | dict(layer.named_parameters()))
+    case.compare("grad_query", found["query"][:, :: steps.get("q_step", 1)])
+    case.compare("grad_reference", found["reference"])
+    case.compare("grad_value_rows", found["value"][:, :: steps.get("v_step", 1)])
     for name in ("query", "value"):
-        case.compare(f"grad_{name}_stats", torch.tensor(stats(gradients[name])))
+        case.compare(f"grad_{name}_stats", torch.tensor(stats(found[name])))
     for name, _ in layer.named_parameters():
-        case.compare(f"grad:{name}", _every_row(gradients[name]))
-        case.compare(f"gradstat:{name}", torch.tensor(stats(gradients[name])))
-    _nothing_unchecked(case)
+        case.compare(f"grad:{name}", _every_row(found[name]))
+        case.compare(f"gradstat:{name}", torch.tensor(stats(found[name])))
 
 
 def _every_row(gradient: Tensor) -> Tensor:
     """Matrices are stored in 16 rows."""
     return gradient[:: max(1, len(gradient) // 16)] if gradient.dim() > 1 else gradient
-
-
-def _gradients(loss: Tensor, leaves: dict) -> dict:
-    """Gradients of ``loss`` by name; zero where it does not depend on a leaf."""
-    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(leaf) if gradient is None else gradient
-        for (name, leaf), gradient in zip(leaves.items(), found)
-    }
-
-
-def _nothing_unchecked(case: Case) -> None:
-    if unchecked := case.unchecked:
-        raise ValueError(f"{case.name}: arrays {unchecked} were not compared")
 
 
 # Encoder -----------------------------------------------------------------------------------------
@@ -162,7 +149,6 @@ def run_encoder(case: Case) -> None:
     if missing or report.unexpected:
         raise ValueError(f"{case.name}: conversion leaves {missing=} unexpected={report.unexpected}")
     Replay(model).run(state, lambda m: _encoder_body(case, m.transformer))
-    _nothing_unchecked(case)
 
 
 def _encoder_body(case: Case, transformer) -> None:
@@ -184,13 +170,10 @@ def _encoder_body(case: Case, transformer) -> None:
     for hook in hooks:
         hook.remove()
 
-    rows = case.array("rows")
-    case.compare("memory_rows", at(memory, rows))
+    case.compare_rows("memory_rows", memory)
     case.compare("memory_c8", memory.masked_fill(tokens.mask[..., None], 0)[..., :8])
-    case.compare(
-        "memory_stats", torch.tensor([stats(image[~padding]) for image, padding in zip(memory, tokens.mask)])
-    )
-    case.compare("pos_rows", at(tokens.position, rows))
+    case.compare_stats("memory_stats", memory, tokens.mask)
+    case.compare_rows("pos_rows", tokens.position)
     start = case.meta["high_level_start"]
     schedule = ["global" if encoder.is_global(i) else "high" for i in range(len(layers))]
     case.decide("layer_schedule", schedule == case.meta["layer_schedule"])
@@ -198,24 +181,27 @@ def _encoder_body(case: Case, transformer) -> None:
         "high_level_start",
         all(x.shape[1] == memory.shape[1] - start * (kind == "high") for x, kind in zip(layers, schedule)),
     )
-    # What a high-level step leaves alone is stored as zero.
-    layers = [F.pad(x, (0, 0, memory.shape[1] - x.shape[1], 0)) for x in layers]
-    case.compare("layer_rows", torch.stack([at(x, rows)[..., :32] for x in layers]))
+    if case.stores("layer_rows"):
+        rows = case.array("rows")
+        # What a high-level step leaves alone is stored as zero.
+        layers = [F.pad(x, (0, 0, memory.shape[1] - x.shape[1], 0)) for x in layers]
+        case.compare("layer_rows", torch.stack([at(x, rows)[..., :32] for x in layers]))
 
-    names = case.meta["grad_names"]
-    case.skip(*(name for name in case.arrays if name.startswith("grad")))
-    if not case.exact:
+    stored = case.gradient_arrays()
+    if not stored:
         return
     upstream = case.drawn("grad_output").masked_fill(tokens.mask[..., None], 0)
-    gradients = _gradients((memory * upstream).sum(), {**dict(enumerate(maps)), **case.published})
+    found = gradients((memory * upstream).sum(), {**dict(enumerate(maps)), **case.published})
     for level in range(len(maps)):
-        case.compare(f"grad_src{level}_c4", gradients[level][:, :4])
-        case.compare(f"gradstat_src{level}", torch.tensor(stats(gradients.pop(level))))
-    case.compare("grad_norm", torch.stack([gradients[name].norm() for name in names]))
-    case.compare("grad_sum", torch.stack([gradients[name].sum() for name in names]))
-    for key in [k for k in case.arrays if k.startswith("grad:")]:  # names without their prefix
-        name = next(n for n in gradients if n.endswith(f".{key.removeprefix('grad:')}"))
-        case.compare(key, _every_row(gradients[name]))
+        case.compare(f"grad_src{level}_c4", found[level][:, :4])
+        case.compare(f"gradstat_src{level}", torch.tensor(stats(found.pop(level))))
+    names = case.meta["grad_names"]
+    case.compare("grad_norm", torch.stack([found[name].norm() for name in names]))
+    case.compare("grad_sum", torch.stack([found[name].sum() for name in names]))
+    for key in stored:
+        if key.startswith("grad:"):  # names without their prefix
+            name = next(n for n in found if n.endswith(f".{key.removeprefix('grad:')}"))
+            case.compare(key, _every_row(found[name]))
 
 
 # Whole models ------------------------------------------------------------------------------------
@@ -232,20 +218,21 @@ def run(case: Case) -> None:
     detect = {name: value for name, value in state.items() if "denoising" not in name}
     with torch.no_grad():
         Replay(model).run(detect, lambda m: _detection_body(case, m))
-    if "denoising" in case.meta:
+    if "denoising" in case.meta or case.stores("loss_values"):
         model.transformer.denoising = denoising
         denoising.draw = _recorded_noise(case)
         queries = []
         denoising.register_forward_hook(lambda _, inputs, output: queries.append(output))
         Replay(model).run(state, lambda m: _training_body(case, m, queries))
-    _nothing_unchecked(case)
 
 
 def _recorded_noise(case: Case):
-    """A ``draw`` that returns the case's random numbers."""
+    """A ``draw`` that returns the case's random numbers; without objects there are none."""
+    count = (case.meta.get("denoising") or {}).get("K", 0)
 
     def draw(rows: int, like: Tensor) -> Noise:
-        assert rows == case.meta["denoising"]["K"], f"{rows} denoising queries"
+        if rows != count:
+            raise ValueError(f"{case.name}: {rows} denoising queries, the case has {count}")
 
         def uniform(name: str, *shape: int) -> Tensor:
             return case.tensor(
@@ -259,43 +246,25 @@ def _recorded_noise(case: Case):
     return draw
 
 
-def _targets(case: Case) -> list[Target]:
-    return (
-        [
-            Target(case.array(f"target_labels{i}").long(), case.array(f"target_boxes{i}"), tuple(size))
-            for i, size in enumerate(case.meta["image_sizes"])
-        ]
-        if "target_labels0" in case.arrays
-        else []
-    )
-
-
-def _strided(case: Case, x: Tensor, name: str) -> Tensor:
-    """Every n-th query, as many as the case stores of ``name``; queries are next to last."""
-    stored = case.arrays[name].shape[-2]
-    step = next(n for n in range(1, x.shape[-2] + 1) if -(-x.shape[-2] // n) <= stored)
-    return x[..., ::step, :]
+def _compare_strided(case: Case, name: str, x: Tensor) -> None:
+    """``compare`` of every n-th query, as the case says; queries are next to last."""
+    for names, how in case.meta.get("slicing", {}).items():
+        if name in names.split(", "):
+            x = x[..., :: int(re.search(r"::(\d+)", how)[1]), :]
+    case.compare(name, x)
 
 
 def _detection_body(case: Case, model) -> None:
-    if not case.exact and case.meta["min_decision_ratio"] < 1:
+    if not case.exact and case.meta.get("min_decision_ratio", 1) < 1:
         # The ranking is closer than float32 resolves: take it as given.
         selected = case.array("topk_proposals").long()
         model.transformer.query_selection.select = lambda scores, invalid: selected
     output = model.detect(images(case, MEAN, STD))
     tokens, decoded, proposals = output.tokens, output.decoded, output.proposals
-    rows = case.array("rows")
-    memory = output.encoded.memory
-    case.compare("spatial_shapes", torch.tensor(tokens.shapes))
-    case.compare("valid_ratios", tokens.valid_ratios)
-    case.compare("src_rows", at(tokens.features, rows))
-    case.compare("memory_rows", at(memory, rows))
-    case.compare(
-        "memory_stats", torch.tensor([stats(image[~padding]) for image, padding in zip(memory, tokens.mask)])
-    )
+    compare_tokens(case, output)
     head = model.transformer.proposal_head
-    scores = head.class_head(head.project(memory, tokens.unproposed))  # (B, N, num_classes)
-    case.compare("enc_logits_rows", at(scores, rows))
+    scores = head.class_head(head.project(output.encoded.memory, tokens.unproposed))  # (B, N, num_classes)
+    case.compare_rows("enc_logits_rows", scores)
     case.compare("enc_score", head.score(scores).masked_fill(tokens.mask, 0))
     case.compare("topk_proposals", proposals.selected)
     case.compare("init_reference", decoded.references[0])
@@ -304,39 +273,40 @@ def _detection_body(case: Case, model) -> None:
         "interm_logits": proposals.logits,
         "pred_logits": output.logits,
         "pred_boxes": output.boxes,
-        "aux_boxes": torch.stack(decoded.boxes[:-1]),
-        "aux_logits": torch.stack(decoded.logits[:-1]),
         "hs_last": decoded.states[-1],
     }.items():
-        case.compare(name, _strided(case, value, name))
-    k = case.arrays["post_scores"].shape[1]
-    scores, labels, boxes = top_detections(output.logits, output.boxes, k)
-    scale = boxes.new_tensor([[w, h, w, h] for h, w in case.meta["target_sizes"]])
-    case.compare("post_scores", scores)
-    if case.exact:  # the order of the detections is not protected
-        case.compare("post_labels", labels)
-        case.compare("post_boxes", boxes * scale[:, None])
+        _compare_strided(case, name, value)
+    if len(decoded.boxes) > 1:
+        _compare_strided(case, "aux_boxes", torch.stack(decoded.boxes[:-1]))
+        _compare_strided(case, "aux_logits", torch.stack(decoded.logits[:-1]))
+    if case.stores("post_scores"):
+        scores, labels, boxes = top_detections(
+            output.logits, output.boxes, case.arrays["post_scores"].shape[1]
+        )
+        scale = boxes.new_tensor([[w, h, w, h] for h, w in case.meta["target_sizes"]])
+        case.compare("post_scores", scores)
+        if case.exact:  # the order of the detections is not protected
+            case.compare("post_labels", labels)
+            case.compare("post_boxes", boxes * scale[:, None])
     case.skip("post_labels", "post_boxes")
-    if targets := _targets(case):
-        _compare_losses(case, model, output, targets, "eval_")
+    if any(name.startswith("eval_") for name in case.arrays):
+        _compare_losses(case, model, output, case.targets(), "eval_")
 
 
 def _training_body(case: Case, model, queries: list) -> None:
-    targets = _targets(case)
+    targets = case.targets()
     output = model.detect(images(case, MEAN, STD), targets)
     group, size = queries[0].groups[0], queries[0].groups[0].size
-    case.decide(
-        "dn_meta",
-        [size, group.normalizer] == [case.meta["dn_meta"]["pad_size"], case.meta["dn_meta"]["num_dn_group"]],
-    )
+    # Without objects there are no denoising queries, and the published code counts one group.
+    meta = case.meta.get("dn_meta") or {"pad_size": 0, "num_dn_group": 1}
+    case.decide("dn_meta", [size, group.assignment.normalizer] == [meta["pad_size"], meta["num_dn_group"]])
     case.compare("dn_input_boxes", queries[0].reference[:, :size])
     case.compare("dn_input_content", queries[0].content[:, :size, :4])
-    where = case.array("dn_pos").long()
-    case.compare("dn_boxes", output.decoded.boxes[-1][:, where])
-    case.compare("dn_logits", _strided(case, output.decoded.logits[-1][:, :size], "dn_logits"))
+    if case.stores("dn_boxes"):
+        case.compare("dn_boxes", output.decoded.boxes[-1][:, case.array("dn_pos").long()])
+    _compare_strided(case, "dn_logits", output.decoded.logits[-1][:, :size])
     case.compare("train_pred_boxes", output.boxes)
-    total = _compare_losses(case, model, output, targets, "")
-    _compare_gradients(case, total)
+    compare_gradients(case, _compare_losses(case, model, output, targets, ""))
 
 
 def _compare_losses(case: Case, model, output, targets: list[Target], prefix: str) -> Tensor:
@@ -347,45 +317,29 @@ def _compare_losses(case: Case, model, output, targets: list[Target], prefix: st
     start = torch.tensor([0, *(len(t.labels) for t in targets)]).cumsum(0)
     found = []
     for prediction, match in zip(sets, criterion.match(sets, targets)):
-        if prediction.matches is None:
+        if prediction.assignment.matches is None:
             call = calls.get(prediction.assignment.suffix, f"aux{prediction.assignment.suffix}")
             number = torch.full_like(match.query, case.meta["match_calls"].index(call))
             local = match.target - start[match.batch]
-            found += torch.stack([number, match.batch, match.query, local], 1).tolist()
-    wanted = case.arrays[f"{prefix}matches"].tolist()
-    case.decide(f"{prefix}matches", sorted(found) == sorted(wanted))
+            found.append(torch.stack([number, match.batch, match.query, local], 1))
+    case.decide_rows(f"{prefix}matches", torch.cat(found))
 
     raw = {
         name.replace("loss_class", "loss_ce").replace("_enc", "_interm"): (value, weight)
         for name, value, weight in criterion.losses(sets, targets)
     }
     total = sum(value * weight for value, weight in raw.values())
-    values, weights = f"{prefix}loss_values", case.meta["weight_dict"]
-    case.skip(values)
-    for name, wanted in zip(case.meta[f"{prefix}losses"], case.arrays[values]):
-        if name.startswith((*LOGGED, "loss_xy", "loss_hw")):
-            continue
-        if prefix and "_dn" in name:  # the published criterion fills in zeros
-            case.decide(f"{prefix}loss:{name}", float(wanted) == 0 and name not in raw)
-            continue
-        value, weight = raw.pop(name)
-        case.compare(f"{prefix}loss:{name}", value.reshape(()), wanted, values)
-        case.decide(f"{prefix}weight:{name}", weight == weights[name])
-    assert not raw, f"{case.name}: losses {list(raw)} are not in the published model"
+    if case.stores(f"{prefix}loss_values"):
+        for name, wanted in case.named(f"{prefix}loss_values", case.meta[f"{prefix}losses"]):
+            if name.startswith((*LOGGED, "loss_xy", "loss_hw")):
+                continue
+            # Where there is no denoising, the published criterion fills in zeros.
+            value, weight = raw.pop(name, (None, None))
+            case.compare_loss(name, value, wanted, prefix)
+            if value is not None:
+                case.decide(f"{prefix}weight:{name}", weight == case.meta["weight_dict"][name])
+        # ... or leaves its losses out, which are zero here.
+        left = [name for name, (value, _) in raw.items() if "_dn" not in name or float(value) != 0]
+        assert not left, f"{case.name}: losses {left} are not in the published model"
     case.compare(f"{prefix}total_loss", total.reshape(1))
     return total
-
-
-def _compare_gradients(case: Case, total: Tensor) -> None:
-    """Gradients with respect to the published parameters (float64 only)."""
-    case.skip(*(name for name in case.arrays if name.startswith("grad")))
-    if not case.exact:
-        return
-    gradients = _gradients(total, {n: case.published[n] for n in case.meta["grad_names"]})
-    case.compare("grad_norm", torch.stack([g.norm() for g in gradients.values()]))
-    case.compare("grad_sum", torch.stack([g.sum() for g in gradients.values()]))
-    for key in [k for k in case.arrays if k.startswith("grad:")]:
-        gradient, stored = gradients[key.removeprefix("grad:")], case.arrays[key].shape
-        if gradient.shape != stored:
-            gradient = gradient.flatten(1)[: stored[0], : stored[1]]
-        case.compare(key, gradient)

@@ -1,0 +1,71 @@
+"""What measurements are reported with: the machine, tables, and JSON with a record per line."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+
+import torch
+
+
+def machine(device: str) -> dict[str, str]:
+    """What a measurement on ``device`` ("cpu" or "cuda") ran on."""
+    found = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x]
+        found["processor"] = f"{names[0]}, {len(names)} logical cores" if names else platform.machine()
+    if device == "cuda":
+        found["gpu"] = torch.cuda.get_device_name()
+        found["cuda"] = str(torch.version.cuda)
+    return found
+
+
+def milliseconds(seconds: float) -> str:
+    ms = seconds * 1e3
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}"
+
+
+def megabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.1f}"
+
+
+def markdown(head: list[str], rows: list[list[object]]) -> str:
+    """A table; the first column stands left, the others right."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+
+    def line(cells: list[str]) -> str:
+        shown = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))]
+        return "| " + " | ".join(shown) + " |"
+
+    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join([line(head), line(rule), *map(line, rows)])
+
+
+def write_json(path: Path | str, value: dict | list) -> None:
+    """Writes ``value`` as JSON that is read and compared by line: each member of a list is one line."""
+    Path(path).write_text(_lines(value) + "\n")
+
+
+def _lines(value: object, indent: str = "") -> str:
+    inner = indent + " "
+    if isinstance(value, dict) and any(map(_has_records, value.values())):
+        items = [f"{json.dumps(key)}: {_lines(x, inner)}" for key, x in value.items()]
+    elif isinstance(value, list) and _has_records(value):
+        items = [json.dumps(x) for x in value]
+    else:
+        return json.dumps(value)
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    body = "".join(f",\n{inner}{item}" for item in items)[1:]
+    return f"{opening}{body}\n{indent}{closing}"
+
+
+def _has_records(value: object) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(x, dict) for x in value))
