@@ -17,19 +17,16 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from .kernels import attention_map_splat
-from .modeling import TransformerOutput
+from .modeling import DeformableDecoderLayer, SetDetector, TransformerOutput
 from .visualize import draw_detections, draw_ground_truth, side_by_side
 
 TITLE_HEIGHT = 18  # pixels
 
 
 @contextmanager
-def recorded_output(model: nn.Module) -> Iterator[list[TransformerOutput]]:
+def recorded_output(model: SetDetector) -> Iterator[list[TransformerOutput]]:
     """Within it, what ``model``'s transformer computes in each call is appended to the list, with
     the decoder's samples, which inference otherwise does not keep.
-
-    Args:
-        model: a ``SetDetector``.
     """
     outputs: list[TransformerOutput] = []
     transformer = model.transformer
@@ -38,9 +35,9 @@ def recorded_output(model: nn.Module) -> Iterator[list[TransformerOutput]]:
         return *args[:-1], True  # the last argument of MSDeformAttn
 
     handles = [transformer.register_forward_hook(lambda _, __, output: outputs.append(output))]
-    handles += [
-        layer.cross_attention.register_forward_pre_hook(record) for layer in transformer.decoder.layers
-    ]
+    for layer in transformer.decoder.layers:
+        assert isinstance(layer, DeformableDecoderLayer)
+        handles.append(layer.cross_attention.register_forward_pre_hook(record))
     try:
         yield outputs
     finally:
@@ -59,7 +56,9 @@ def attention_map(output: TransformerOutput) -> Tensor:
 def kept_levels(output: TransformerOutput) -> list[np.ndarray]:
     """Per level (H_l, W_l) bool, True where the encoder refreshed the batch's first image."""
     kept = torch.zeros_like(output.tokens.mask[0])
-    return _levels(kept.index_fill_(0, output.encoded.selected[0], True), output.tokens.shapes)
+    selected = output.encoded.selected
+    assert selected is not None, "a dense encoder chooses nothing"
+    return _levels(kept.index_fill_(0, selected[0], True), output.tokens.shapes)
 
 
 def enlarge(level: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -143,7 +142,7 @@ def draw_tokens(
 
 @torch.no_grad()
 def draw_example(
-    model: nn.Module,
+    model: SetDetector,
     record: dict,
     mapper,
     metadata: Metadata,
@@ -171,7 +170,7 @@ def draw_example(
     ]
     if outputs[0].encoded.selected is not None:
         size = pictures[0].shape[1::-1]
-        enlarged = np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR))
+        enlarged = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
         pictures.append(draw_kept(enlarged, kept_levels(outputs[0])))
     return side_by_side(pictures)
 
