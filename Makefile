@@ -6,12 +6,13 @@ PYTHON ?= $(shell test -x '$(VENV)/bin/python' && echo '$(VENV)/bin/python' || e
 # The tests work on small tensors: more threads than this only cost time on machines with many cores.
 test: export OMP_NUM_THREADS ?= 2
 
-.PHONY: help install demo test clean
+.PHONY: help install demo test lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo      train a detector on a generated data set, evaluate it, draw its detections'
 	@echo 'make test      run the test suite'
+	@echo 'make lint      style and types of Python, style of C++ and CUDA; changes nothing'
 	@echo 'make install   set up the environment $(VENV) (the two above do it themselves)'
 	@echo '               PYTHON=/path/to/python  make it with this Python, and use its detectron2 if it has one'
 	@echo '               VENV=/path/to/env       use this existing environment, add only what it lacks'
@@ -26,6 +27,21 @@ demo: install
 test: install
 	@'$(VENV)/bin/python' -m pytest -q --durations=10
 
+# The linters have a small environment of their own, so that their pins never meet yours.
+LINT := $(VENV)/lint
+$(LINT)/ready: requirements/lint.txt
+	@'$(VENV)/bin/python' -m venv --clear '$(LINT)'
+	'$(LINT)/bin/python' -m pip install -q --disable-pip-version-check -r requirements/lint.txt
+	@touch $@
+
+lint: install
+	@$(MAKE) --no-print-directory '$(LINT)/ready'
+	'$(LINT)/bin/ruff' check .
+	'$(LINT)/bin/ruff' format --check .
+	find benchmarks kernels tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
+		| xargs '$(LINT)/bin/clang-format' --dry-run -Werror
+	'$(LINT)/bin/mypy' --python-executable '$(VENV)/bin/python'
+
 clean:
-	rm -rf build dist projects/*.egg-info .pytest_cache .ruff_cache
-	find benchmarks kernels configs projects tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf build dist projects/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find benchmarks configs kernels projects tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,6 @@
 """Deformable attention operators: plain PyTorch, C++ for the CPU, CUDA. See README.md."""
 
-from .build import Status, status
+from .build import Status, implementation, status
 from .flops import fvcore_handles
 from .functional import (
     attention_map_splat,
@@ -15,6 +15,7 @@ __all__ = [
     "Status",
     "attention_map_splat",
     "fvcore_handles",
+    "implementation",
     "key_aware_deform_attn",
     "key_aware_weights",
     "level_sizes",

@@ -10,8 +10,9 @@ into place: what lies under its final name works.
     python -m sparse_detr.kernels --check  say what would be used, build nothing
 
 Environment: `SPARSE_DETR_OPS` = auto (default) | reference | cpu | cuda: "reference" never builds,
-"cpu" and "cuda" make a failed build of that one an error. `SPARSE_DETR_CACHE`: the cache folder.
-`MAX_JOBS`, `CXX`, `CUDA_HOME` and `TORCH_CUDA_ARCH_LIST` mean what they mean to torch.
+"cpu" and "cuda" make a failed build of that one an error; `implementation` says the same for a block
+of code. `SPARSE_DETR_CACHE`: the cache folder. `MAX_JOBS`, `CXX`, `CUDA_HOME` and
+`TORCH_CUDA_ARCH_LIST` mean what they mean to torch.
 """
 
 import contextlib
@@ -34,6 +35,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -52,6 +54,7 @@ CPU_FLAGS = {
 COMMON_FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 CUDA_FLAGS = ["-O3", "--expt-relaxed-constexpr"]
 
+_thread = threading.local()  # .mode: what `implementation` chose. torch.compile can trace this one.
 _lock = threading.RLock()
 _loaded: dict[str, Path] = {}
 _failed: dict[str, str] = {}
@@ -83,13 +86,15 @@ def status(device_type: str | None = None, *, load: bool = False) -> Status:
     if device_type is None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
     if load:
-        globals()["load"](device_type)
+        load_operators(device_type)
+    if mode() == "reference":
+        return Status("reference", "plain PyTorch is asked for: SPARSE_DETR_OPS or implementation()")
     if device_type in _loaded:
         path = _loaded[device_type]
         backend = "cuda" if device_type == "cuda" else "cpp-cpu"
         return Status(backend, f"compiled library {path.name} is loaded", str(path.parent))
-    if is_unavailable(device_type):
-        return Status("reference", _failed.get(device_type) or "SPARSE_DETR_OPS=reference")
+    if device_type in _failed:
+        return Status("reference", _failed[device_type])
     try:
         plan = Plan.make(device_type)
     except BuildError as error:
@@ -98,8 +103,33 @@ def status(device_type: str | None = None, *, load: bool = False) -> Status:
     return Status("not built", f"compiled operators for {device_type}: {built}", str(plan.folder))
 
 
+@contextlib.contextmanager
+def implementation(name: str) -> Iterator[None]:
+    """Within it, and in this thread only, calls are served as with `SPARSE_DETR_OPS=name`.
+
+    A graph of torch.export or torch.compile keeps what was chosen while it was traced.
+
+    Args:
+        name: "auto", "reference" (plain PyTorch), "cpu" or "cuda" (a failed build is an error).
+
+    Raises:
+        ValueError: another name.
+    """
+    if name not in MODES:
+        raise ValueError(f"implementation {name!r} is not one of {', '.join(MODES)}")
+    before = getattr(_thread, "mode", None)
+    _thread.mode = name
+    try:
+        yield
+    finally:
+        _thread.mode = before
+
+
 def mode() -> str:
-    """The value of `SPARSE_DETR_OPS`."""
+    """What `implementation` chose, else the value of `SPARSE_DETR_OPS`."""
+    chosen = getattr(_thread, "mode", None)
+    if chosen is not None:
+        return chosen
     value = os.environ.get("SPARSE_DETR_OPS", "auto").strip().lower() or "auto"
     if value not in MODES:
         raise ValueError(f"SPARSE_DETR_OPS={value!r} is not one of {', '.join(MODES)}")
@@ -108,23 +138,24 @@ def mode() -> str:
 
 def is_unavailable(device_type: str) -> bool:
     """Whether calls on this device type are known to be served by plain PyTorch."""
-    return device_type in _failed or mode() == "reference"
+    now = mode()
+    return now == "reference" or (device_type in _failed and now != device_type)
 
 
-def load(device_type: str) -> bool:
+def load_operators(device_type: str) -> bool:
     """Build (if needed) and load the operators for "cpu" or "cuda".
 
     Returns:
         Whether they are loaded; if not, one warning has said why.
 
     Raises:
-        BuildError: `SPARSE_DETR_OPS` demands these operators and they cannot be built.
+        BuildError: `SPARSE_DETR_OPS` or `implementation` demands these operators and they cannot be built.
     """
     with _lock:
-        if device_type in _loaded:
-            return True
         if is_unavailable(device_type):
             return False
+        if device_type in _loaded:
+            return True
         try:
             _loaded[device_type] = _build_and_load(Plan.make(device_type))
         except BuildError as error:
@@ -171,7 +202,8 @@ class Plan:
         compiler = _compiler()
         capability = torch.backends.cpu.get_cpu_capability()
         cflags = [*COMMON_FLAGS, *CPU_FLAGS.get(capability, [])]
-        cuda_flags, environment = [], {}
+        cuda_flags: list[str] = []
+        environment: dict[str, str] = {}
         if device_type == "cuda":
             cflags = ["-O3"]
             cuda_flags = CUDA_FLAGS
@@ -191,7 +223,7 @@ class Plan:
             *(f"{k}={v}" for k, v in sorted(environment.items())),
         ):
             key.update(part.encode() + b"\0")
-        for path in sorted(folder.iterdir()):
+        for path in sorted([*folder.iterdir(), *SOURCES.glob("*.h")]):
             if path.suffix in (".cpp", ".cu", ".h", ".cuh"):
                 key.update(path.name.encode() + b"\0" + path.read_bytes())
         name = f"{device_type}-torch{torch.__version__.split('+')[0]}-{key.hexdigest()[:16]}"
@@ -260,16 +292,13 @@ def _version_of(*command: str) -> str:
 
 def _cuda_home() -> str:
     """The CUDA toolkit; a wrapper script on the PATH is not it."""
+    found = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     nvcc = shutil.which("nvcc")
-    found = [
-        os.environ.get("CUDA_HOME"),
-        os.environ.get("CUDA_PATH"),
-        "/usr/local/cuda",
-        nvcc and Path(nvcc).resolve().parents[1],
-    ]
+    if nvcc:
+        found.append(str(Path(nvcc).resolve().parents[1]))
     for home in filter(None, found):
         if (Path(home) / "bin" / "nvcc").is_file() and (Path(home) / "include").is_dir():
-            return str(home)
+            return home
     raise BuildError("no CUDA compiler (nvcc): install the CUDA toolkit, or set CUDA_HOME")
 
 
@@ -331,11 +360,16 @@ def _compile(plan: Plan) -> None:
 
 
 @contextlib.contextmanager
-def _environment(plan: Plan) -> Iterator:
+def _environment(plan: Plan) -> Iterator[ModuleType]:
     """torch's build module, with what it needs from the environment for this plan."""
     # It warns at import about a machine with nvcc and without a GPU, which is none of its business.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    from torch.utils import cpp_extension
+    torch_logger = logging.getLogger("torch.utils.cpp_extension")
+    level = torch_logger.level
+    torch_logger.setLevel(logging.ERROR)
+    try:
+        from torch.utils import cpp_extension
+    finally:
+        torch_logger.setLevel(level)
 
     changes = dict(plan.environment)
     try:

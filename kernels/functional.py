@@ -8,7 +8,7 @@ Autocast: value, key and query follow the autocast dtype, locations and referenc
 weights, offsets and logits keep the dtype they come in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -146,7 +146,10 @@ def key_aware_weights(query: Tensor, key: Tensor, shapes: Shapes, locations: Ten
     _check_precision("locations", locations, key)
     weights = locations.new_ones(locations.shape[:-1])
     only_weights = [False, False, True]
-    _, _, scores = torch.ops.sparse_detr.ms_deform_attn_backward(
+    backward: Callable[..., tuple[Tensor, ...]] = torch.ops.sparse_detr.ms_deform_attn_backward
+    if build.is_unavailable(key.device.type):
+        backward = op.plain_ms_deform_attn_backward
+    _, _, scores = backward(
         query.flatten(2).to(key.dtype), key, _flat(shapes), locations, weights, only_weights
     )
     return (scores * D**-0.5).flatten(-2).softmax(-1).view_as(scores)

@@ -3,7 +3,7 @@
 `functional.py` holds the functions for users; this module is what torch.compile, torch.export,
 the profiler and the C++ and CUDA sources see. Schemas are registered at import, so graphs can be
 traced before anything is compiled. C++ (`csrc/`) adds kernels for the CPU and CUDA dispatch keys
-when `build.load()` has built and loaded it; until then, or when that fails, the fallback
+when `build.load_operators()` has built and loaded it; until then, or when that fails, the fallback
 registered here computes the same function in plain PyTorch.
 
 `shapes` is flat here: [H0, W0, H1, W1, ...]. Conventions that every kernel keeps:
@@ -20,12 +20,12 @@ registered here computes the same function in plain PyTorch.
   gradients (key-aware: they take part in the softmax with score 0); memory outside the sampled
   corners never matters, not even when it holds NaN.
 - attention_map_splat rounds each of the four products, computed in float64 as
-  ((1-dx) * (1-dy)) * weight, to a multiple of 2**-38 (half to even) and sums int64, so the map
-  is the same to the last bit for any order, device and number of threads. Result in dtype A of
-  the weights and locations.
+  ((1-dx) * (1-dy)) * weight, to a multiple of 2**-SPLAT_FRACTION_BITS (half to even) and sums
+  int64, so the map is the same to the last bit for any order, device and number of threads. Result
+  in dtype A of the weights and locations.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -108,7 +108,12 @@ def _fake_splat(locations, weights, shapes):
 # --------------------------------------------------------------------------- fallback: plain PyTorch
 
 
-def _vector_jacobian(function, grad_output, inputs, output_mask) -> tuple[Tensor, ...]:
+def _vector_jacobian(
+    function: Callable[..., Tensor],
+    grad_output: Tensor,
+    inputs: Sequence[Tensor],
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
     """Gradients of `function(*inputs)`, from inside a kernel, where autograd is switched off."""
     keys = torch._C.DispatchKey
     autocast = torch._C.DispatchKeySet(keys.AutocastCPU) | torch._C.DispatchKeySet(keys.AutocastCUDA)
@@ -116,8 +121,7 @@ def _vector_jacobian(function, grad_output, inputs, output_mask) -> tuple[Tensor
     with torch._C._ForceDispatchKeyGuard(include, autocast), torch.enable_grad():
         leaves = [x.detach().requires_grad_(wanted) for x, wanted in zip(inputs, output_mask, strict=True)]
         wanted_leaves = [x for x in leaves if x.requires_grad]
-        found = torch.autograd.grad(function(*leaves), wanted_leaves, grad_output)
-    found = iter(found)
+        found = iter(torch.autograd.grad(function(*leaves), wanted_leaves, grad_output))
     return tuple(
         next(found).contiguous() if wanted else x.new_empty(0)
         for x, wanted in zip(inputs, output_mask, strict=True)
@@ -128,7 +132,7 @@ def _plain_ms_deform_attn(value, shapes, locations, weights):
     return reference.ms_deform_attn(value, level_pairs(shapes), locations, weights)
 
 
-def _plain_ms_deform_attn_backward(grad_output, value, shapes, locations, weights, output_mask):
+def plain_ms_deform_attn_backward(grad_output, value, shapes, locations, weights, output_mask):
     def forward(value, locations, weights):
         return reference.ms_deform_attn(value, level_pairs(shapes), locations, weights)
 
@@ -153,14 +157,18 @@ def _plain_key_aware(query, key, value, shapes, locations):
 
 
 def _plain_key_aware_backward(grad_output, output, lse, query, key, value, shapes, locations, output_mask):
-    def forward(query, *rest):
-        rest = rest if key is not None else (None, *rest)
-        return reference.key_aware_deform_attn(query, *rest[:2], level_pairs(shapes), rest[2])[0]
+    def forward(query, key, value, locations):
+        return reference.key_aware_deform_attn(query, key, value, level_pairs(shapes), locations)[0]
 
     if key is not None:
         return _vector_jacobian(forward, grad_output, (query, key, value, locations), output_mask)
     mask = (output_mask[0], *output_mask[2:])
-    found = _vector_jacobian(forward, grad_output, (query, value, locations), mask)
+    found = _vector_jacobian(
+        lambda query, value, locations: forward(query, None, value, locations),
+        grad_output,
+        (query, value, locations),
+        mask,
+    )
     return found[0], value.new_empty(0), *found[1:]
 
 
@@ -174,7 +182,7 @@ def _fallback(name: str, compute):
     def kernel(*args):
         grad_or_first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
         device = grad_or_first.device.type
-        if build.load(device):
+        if build.load_operators(device):
             # A loaded library takes over from here on; it may still lack this one operator.
             if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device.upper()):
                 return getattr(torch.ops.sparse_detr, name)(*args)
@@ -239,7 +247,8 @@ def _key_aware_gradients(ctx, grad_output, _grad_lse):
 def _refuse_second_order(ctx, *grads):
     raise NotImplementedError(
         "deformable attention is differentiable once: the gradient of a gradient is only available "
-        "from the plain PyTorch path (set SPARSE_DETR_OPS=reference before the first call)"
+        "from the plain PyTorch path (set SPARSE_DETR_OPS=reference before the first call, or compute "
+        'it within sparse_detr.kernels.implementation("reference"))'
     )
 
 
@@ -247,16 +256,16 @@ def _register() -> torch.library.Library | None:
     if hasattr(getattr(torch.ops, NAMESPACE), "ms_deform_attn"):
         return None  # this file was imported before under another name
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
-    kernels = {
+    kernels: dict[str, tuple[Callable, Callable]] = {
         "ms_deform_attn": (_plain_ms_deform_attn, _fake_ms_deform_attn),
-        "ms_deform_attn_backward": (_plain_ms_deform_attn_backward, _fake_ms_deform_attn_backward),
+        "ms_deform_attn_backward": (plain_ms_deform_attn_backward, _fake_ms_deform_attn_backward),
         "ms_deform_attn_fused": (_plain_fused, _fake_fused),
         "ms_deform_attn_fused_backward": (_plain_fused_backward, _fake_fused_backward),
         "key_aware_deform_attn": (_plain_key_aware, _fake_key_aware),
         "key_aware_deform_attn_backward": (_plain_key_aware_backward, _fake_key_aware_backward),
         "attention_map_splat": (_plain_splat, _fake_splat),
     }
-    gradients = {
+    gradients: dict[str, tuple[Callable, Callable | None]] = {
         "ms_deform_attn": (_ms_deform_attn_gradients, _save(0, 2, 3)),
         "ms_deform_attn_fused": (_fused_gradients, _save(0, 2, 3, 4)),
         "key_aware_deform_attn": (_key_aware_gradients, _save_key_aware),

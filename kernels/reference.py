@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # The splat adds integers, so that the sum does not depend on the order of its terms. One unit is
-# 2**-38: 3.6e-12, and a cell may collect a weight of 1.6e7 before the int64 sum overflows.
+# 2**-38 = 3.6e-12; a cell may collect a weight of 1.6e7 before the int64 sum overflows. The same
+# number stands in csrc/splat_units.h for the compiled operators.
 SPLAT_FRACTION_BITS = 38
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .kernels import fvcore_handles
+from .modeling import SetDetector
 
 COUNTED = (
     "Counted, one per multiply-add: convolutions, linear layers, matrix products (also inside "
@@ -98,11 +99,11 @@ class Analysis:
         }
 
 
-def analyze(model: nn.Module, size: tuple[int, int]) -> Analysis:
+def analyze(model: SetDetector, size: tuple[int, int]) -> Analysis:
     """Count parameters and the multiply-adds of one image without padding.
 
     Args:
-        model: a ``SetDetector``, on any device and in any mode; it is not changed.
+        model: on any device and in any mode; it is not changed.
         size: height and width of the network's input in pixels.
     """
     height, width = size
@@ -138,7 +139,7 @@ def analyze(model: nn.Module, size: tuple[int, int]) -> Analysis:
 class _Detect(nn.Module):
     """A detector as a function of one normalised image, as the tracer wants it."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: SetDetector):
         super().__init__()
         self.model = model
 

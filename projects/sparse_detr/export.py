@@ -24,6 +24,7 @@ from detectron2.modeling.backbone.swin import SwinTransformer
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
+from . import kernels
 from .errors import UserError
 from .modeling import SetDetector
 from .modeling.postprocess import top_detections
@@ -91,7 +92,7 @@ def export_onnx(
     _require("onnx", "onnxscript")
     module, image = TensorDetector(detector), _example(detector, size)
     free = {"image": {2: "height", 3: "width"}}
-    with torch.no_grad(), _plain_attention(), _explained(detector, size, dynamic):
+    with torch.no_grad(), kernels.implementation("reference"), _explained(detector, size, dynamic):
         program = torch.onnx.export(
             module,
             (image,),
@@ -101,6 +102,7 @@ def export_onnx(
             output_names=list(OUTPUTS),
             verbose=False,
         )
+    assert program is not None  # it is with dynamo=True
     for key, value in {"input_format": detector.input_format, **(metadata or {})}.items():
         program.model.metadata_props[key] = json.dumps(value)
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
@@ -158,20 +160,6 @@ def _require(*packages: str) -> None:
             __import__(package)
         except ImportError as error:
             raise UserError(f"{package} is not installed: pip install onnx onnxscript onnxruntime") from error
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Within it, deformable attention is traced through its plain PyTorch form."""
-    before = os.environ.get("SPARSE_DETR_OPS")
-    os.environ["SPARSE_DETR_OPS"] = "reference"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["SPARSE_DETR_OPS"]
-        else:
-            os.environ["SPARSE_DETR_OPS"] = before
 
 
 @contextmanager

@@ -14,22 +14,19 @@ from detectron2.data import Metadata
 from detectron2.data.detection_utils import read_image
 from matplotlib import colormaps
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
+from torch import Tensor
 
 from .kernels import attention_map_splat
-from .modeling import TransformerOutput
+from .modeling import SetDetector, TransformerOutput
 from .visualize import draw_detections, draw_ground_truth, side_by_side
 
 TITLE_HEIGHT = 18  # pixels
 
 
 @contextmanager
-def recorded_output(model: nn.Module) -> Iterator[list[TransformerOutput]]:
+def recorded_output(model: SetDetector) -> Iterator[list[TransformerOutput]]:
     """Within it, what ``model``'s transformer computes in each call is appended to the list, with
     the decoder's samples, which inference otherwise does not keep.
-
-    Args:
-        model: a ``SetDetector``.
     """
     outputs: list[TransformerOutput] = []
     transformer = model.transformer
@@ -58,7 +55,9 @@ def attention_map(output: TransformerOutput) -> Tensor:
 def kept_levels(output: TransformerOutput) -> list[np.ndarray]:
     """Per level (H_l, W_l) bool, True where the encoder refreshed the batch's first image."""
     kept = torch.zeros_like(output.tokens.mask[0])
-    return _levels(kept.index_fill_(0, output.encoded.selected[0], True), output.tokens.shapes)
+    selected = output.encoded.selected
+    assert selected is not None, "a dense encoder chooses nothing"
+    return _levels(kept.index_fill_(0, selected[0], True), output.tokens.shapes)
 
 
 def enlarge(level: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -142,7 +141,7 @@ def draw_tokens(
 
 @torch.no_grad()
 def draw_example(
-    model: nn.Module,
+    model: SetDetector,
     record: dict,
     mapper,
     metadata: Metadata,
@@ -170,7 +169,7 @@ def draw_example(
     ]
     if outputs[0].encoded.selected is not None:
         size = pictures[0].shape[1::-1]
-        enlarged = np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR))
+        enlarged = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
         pictures.append(draw_kept(enlarged, kept_levels(outputs[0])))
     return side_by_side(pictures)
 

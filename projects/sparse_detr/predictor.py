@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from .config import apply_overrides, load_config, resolve_classes, resolve_device
 from .engine.checkpoint import Checkpointer
 from .errors import UserError
+from .modeling import SetDetector
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +29,7 @@ def build_model(
     weights: str | os.PathLike = "",
     overrides: Iterable[str] = (),
     device: str = "auto",
-) -> nn.Module:
+) -> SetDetector:
     """A detector in evaluation mode.
 
     Args:
@@ -39,6 +41,11 @@ def build_model(
         device: "cuda", "cpu", or "auto" for the GPU if there is one.
     """
     return _build(config, weights, overrides, device)[1]
+
+
+@runtime_checkable
+class _HasKeepRatio(Protocol):
+    keep_ratio: float | None
 
 
 class Predictor:
@@ -92,7 +99,7 @@ class Predictor:
         self.dtype = dtype
         if keep_ratio is not None:
             self.keep_ratio = keep_ratio
-        names = checkpoint and checkpoint.get("class_names")
+        names = checkpoint.get("class_names") if checkpoint else None
         self.metadata = _metadata(self.cfg, self.model.num_classes, names)
         self.class_names = list(self.metadata.thing_classes)
 
@@ -105,7 +112,7 @@ class Predictor:
     @keep_ratio.setter
     def keep_ratio(self, value: float) -> None:
         encoder = self.model.transformer.encoder
-        if not hasattr(encoder, "keep_ratio"):
+        if not isinstance(encoder, _HasKeepRatio):
             raise UserError(
                 f"keep_ratio={value}: the encoder of this model, {type(encoder).__name__}, has no "
                 "keep ratio; Sparse DETR's and Focus-DETR's have one"
@@ -159,7 +166,7 @@ class Predictor:
 
 def _build(
     config: str | os.PathLike | DictConfig, weights: str | os.PathLike, overrides: Iterable[str], device: str
-) -> tuple[DictConfig, nn.Module, dict | None]:
+) -> tuple[DictConfig, SetDetector, dict | None]:
     """The config, the model, and what its checkpoint, if there is one, holds besides weights."""
     if isinstance(config, DictConfig):
         cfg = copy.deepcopy(config)

@@ -7,7 +7,8 @@ from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from sparse_detr.data import DetrDatasetMapper, test_augmentations, train_augmentations
+from sparse_detr.data import DetrDatasetMapper, train_augmentations
+from sparse_detr.data import test_augmentations as inference_augmentations  # pytest would collect it
 from sparse_detr.data.loader import seed_everything
 from sparse_detr.data.mapper import RandomEither
 
@@ -74,7 +75,9 @@ def test_boxes_follow_the_flip(record):
 
 
 def test_inference_leaves_annotations_behind(record):
-    mapper = DetrDatasetMapper(is_train=False, augmentations=test_augmentations(short_edge=30, max_size=1000))
+    mapper = DetrDatasetMapper(
+        is_train=False, augmentations=inference_augmentations(short_edge=30, max_size=1000)
+    )
     entry = mapper({**record, "annotations": [annotation(1, 2, 3, 4)]})
     assert entry["image"].shape == (3, 30, 40)
     assert (entry["height"], entry["width"], entry["image_id"]) == (HEIGHT, WIDTH, 7)
@@ -104,7 +107,7 @@ def test_defaults_are_the_published_sizes():
     assert list(first.short_edge_length) == [400, 500, 600]
     assert crop.crop_type == "absolute_range" and tuple(crop.crop_size) == (384, 600)
     assert list(last.short_edge_length) == list(range(480, 801, 32)) and last.max_size == 1333
-    (resize,) = test_augmentations()
+    (resize,) = inference_augmentations()
     assert resize.short_edge_length == (800, 800) and resize.max_size == 1333
 
 

@@ -1,5 +1,6 @@
 """Building the operators on bad days. The machinery is the real one, the source is a small one."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -241,3 +242,64 @@ def test_nvcc_without_a_gpu_builds_for_the_cpu(call, tmp_path):
     line, err = finish(process)
     assert line == "result cpp-cpu", err
     assert not (tmp_path / "nvcc-was-called").exists()
+
+
+def test_an_implementation_is_chosen_for_a_block_and_a_thread(call):
+    """Also once the compiled operator is loaded; whatever happens, the choice ends with the block."""
+    code = (
+        CALL
+        + """
+import threading
+from sparse_detr.kernels import implementation
+
+def now():
+    out = ms_deform_attn(torch.ones(1, 4, 1, 2), [(2, 2)], torch.full((1, 1, 1, 1, 1, 2), 0.5),
+                         torch.ones(1, 1, 1, 1, 1))
+    return out[0, 0, 0].item(), build.status("cpu").backend
+
+found = [now()]
+try:
+    with implementation("reference"):
+        found.append(now())
+        other = threading.Thread(target=lambda: found.append(now()))
+        other.start()
+        other.join()
+        with implementation("auto"):
+            found.append(now())
+        found.append(now())
+        raise KeyError
+except KeyError:
+    found.append(now())
+compiled, plain = (42.0, "cpp-cpu"), (1.0, "reference")
+assert found == [compiled, plain, compiled, compiled, plain, compiled], found
+print("fine")
+"""
+    )
+    assert finish(call(code=code))[0] == "fine"
+
+
+def test_an_implementation_that_is_demanded_after_its_build_has_failed_is_an_error(call):
+    code = CALL + "\nwith build.implementation('cpu'):\n    ms_deform_attn(out.view(1, 1, 1, 2), [(1, 1)], "
+    code += "torch.zeros(1, 1, 1, 1, 1, 2), torch.ones(1, 1, 1, 1, 1))\n"
+    process = call(code=code, CXX="/nonexistent/c++")
+    out, err = process.communicate(timeout=120)
+    assert out.strip() == REFERENCE
+    assert process.returncode and "BuildError: no C++ compiler" in err
+
+
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(ValueError, match="'gpu' is not one of auto, reference, cpu, cuda"):
+        with build.implementation("gpu"):
+            pass
+
+
+def test_torchs_build_module_keeps_its_settings():
+    """Its logger, its CUDA_HOME and the process's environment."""
+    from torch.utils import cpp_extension
+
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    before = logger.level, cpp_extension.CUDA_HOME, dict(os.environ)
+    plan = build.Plan("cuda", (), (), (), (("CUDA_HOME", "/toolkit"),), Path())
+    with build._environment(plan) as module:
+        assert module is cpp_extension and module.CUDA_HOME == os.environ["CUDA_HOME"] == "/toolkit"
+    assert (logger.level, cpp_extension.CUDA_HOME, dict(os.environ)) == before

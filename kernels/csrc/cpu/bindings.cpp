@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../splat_units.h"
 #include "problem.h"
 
 namespace sparse_detr {
@@ -400,7 +401,7 @@ Tensor attention_map_splat(at::TensorList locations, at::TensorList weights,
   }
   const bool wide =
       locations[0].scalar_type() == at::kDouble || weights[0].scalar_type() == at::kDouble;
-  return map.to(at::kDouble).mul_(std::ldexp(1.0, -38)).to(wide ? at::kDouble : at::kFloat);
+  return map.to(at::kDouble).div_(kSplatUnitsPerOne).to(wide ? at::kDouble : at::kFloat);
 }
 
 }  // namespace

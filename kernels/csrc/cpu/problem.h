@@ -107,8 +107,8 @@ template <typename T>
 void key_aware_backward(const KeyAware<T>& in, const KeyAwareGradients<T>& grad, int64_t b,
                         int head, int head_end);
 
-// Adds the attention of one layer that falls on level l of image b, in units of 2^-38, to
-// map (N entries of this image).
+// Adds the attention of one layer that falls on level l of image b, in units of
+// 2^-kSplatFractionBits, to map (N entries of this image).
 void splat(const Sizes& sizes, Side locations, Side weights, int64_t b, int l, int64_t* map);
 
 }  // namespace sparse_detr

@@ -1,6 +1,7 @@
 // attention_map_splat: attention weights spread over the tokens around their sampling locations, in
 // 64-bit fixed point, so that the map does not depend on the order of the samples.
 
+#include "../splat_units.h"
 #include "samples.h"
 
 namespace sparse_detr {
@@ -9,7 +10,6 @@ void splat(const Sizes& s, Side locations, Side weights, int64_t b, int l, int64
   const int64_t W = s.levels[l].width, H = s.levels[l].height;
   int64_t* level = map + s.levels[l].start;
   std::vector<double> xy_buffer(2 * s.P), share_buffer(s.P);
-  constexpr double kOne = double(int64_t(1) << 38);
   for (int64_t i = b * s.Q * s.M; i < (b + 1) * s.Q * s.M; ++i) {
     const int64_t first = (i * s.L + l) * s.P;
     const double* xy = load_row(locations, 2 * first, 2 * s.P, xy_buffer.data());
@@ -21,7 +21,7 @@ void splat(const Sizes& s, Side locations, Side weights, int64_t b, int l, int64
       const int64_t column = int64_t(left), row = int64_t(top);
       const auto add = [&](int64_t r, int64_t c, double part) {
         if (r < 0 || r >= H || c < 0 || c >= W) return;
-        level[r * W + c] += std::llrint(part * share[p] * kOne);
+        level[r * W + c] += std::llrint(part * share[p] * kSplatUnitsPerOne);
       };
       add(row, column, (1 - dx) * (1 - dy));
       add(row, column + 1, dx * (1 - dy));

@@ -167,7 +167,7 @@ cudaError_t key_aware_backward(const Problem&, Dtype, const void* grad_output, c
 cudaError_t fixed_to_float(const Problem&, Dtype, const void* fixed, const void* bound,
                            int64_t count, void* map, cudaStream_t);
 
-// Adds one layer's attention to fixed (B, N) in units of 2^-38, bit-reproducibly.
+// Adds one layer's attention to fixed (B, N) in units of 2^-kSplatFractionBits, bit-reproducibly.
 cudaError_t splat(const Problem&, Dtype, const void* locations, const void* weights, void* fixed,
                   cudaStream_t);
 cudaError_t splat_to_float(Dtype, const void* fixed, int64_t count, void* map, cudaStream_t);

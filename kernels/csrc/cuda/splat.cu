@@ -1,15 +1,14 @@
 // Attention map splat (Sparse DETR, section 3.3): the attention that each token receives from the
 // samples of all queries and heads. A thread per sample adds four integers to the map, so the
 // result is the same to the last bit in every run, on every device and in reference.py: products
-// in double, each rounded to a multiple of 2^-38 (half to even), sums in int64.
+// in double, each rounded to a multiple of 2^-kSplatFractionBits (half to even), sums in int64.
 //
 // Here the pixel coordinate is location * size, without the half-pixel shift of the sampling.
+#include "../splat_units.h"
 #include "dispatch.cuh"
 
 namespace sparse_detr::cuda {
 namespace {
-
-constexpr double kUnitsPerOne = 274877906944.0;  // 2^38
 
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
@@ -33,7 +32,7 @@ __global__ void __launch_bounds__(kThreads)
       if (column < 0 || column >= level.width || row < 0 || row >= level.height) continue;
       const double part = part_x[dx] * part_y[dy] * share;
       atomicAdd(map + row * level.width + column,
-                static_cast<unsigned long long>(__double2ll_rn(part * kUnitsPerOne)));
+                static_cast<unsigned long long>(__double2ll_rn(part * kSplatUnitsPerOne)));
     }
   }
 }
@@ -42,7 +41,7 @@ template <typename A>
 __global__ void __launch_bounds__(kThreads)
     splat_to_float_kernel(const long long* __restrict__ fixed, int64_t count, A* __restrict__ map) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < count) map[i] = static_cast<A>(fixed[i] / kUnitsPerOne);
+  if (i < count) map[i] = static_cast<A>(fixed[i] / kSplatUnitsPerOne);
 }
 
 }  // namespace

@@ -172,7 +172,8 @@ def _check_annotations(report: Report) -> None:
     )
     images = {record_id(i) for i in report.content["images"]}
     as_text = {str(image) for image in images}
-    lost, mistyped = [], []
+    lost: list[str] = []
+    mistyped: list[str] = []
     for a in annotations:
         image = record_id(a, "image_id")
         if image is not None and image not in images:
@@ -356,8 +357,9 @@ def _is_box(value: object) -> bool:
 
 def _is_broken_polygon(value: object) -> bool:
     """detectron2 leaves such annotations out, although their boxes may be sound."""
-    sound = [isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in value or ()]
-    return isinstance(value, list) and bool(value) and not any(sound)
+    if not isinstance(value, list) or not value:
+        return False
+    return not any(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in value)
 
 
 def _annotation(annotation: dict) -> str:

@@ -35,9 +35,9 @@ def seed_everything(*entropy: int) -> None:
 
 
 class Sample(NamedTuple):
-    """Image ``index`` of the set, at ``position`` in the endless training stream of ``seed``."""
+    """Image number ``image`` of the set, at ``position`` in the endless training stream of ``seed``."""
 
-    index: int
+    image: int
     seed: int
     position: int
 
@@ -55,7 +55,7 @@ class TrainingDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, sample: Sample) -> dict:
-        record = self.records[sample.index]
+        record = self.records[sample.image]
         seed_everything(sample.seed, sample.position)
         try:
             return self.mapper(record)

@@ -67,9 +67,6 @@ def test_augmentations(*, short_edge: int = 800, max_size: int = 1333) -> list[T
     return [T.ResizeShortestEdge(short_edge, max_size)]
 
 
-test_augmentations.__test__ = False  # not a test, whatever pytest thinks of the name
-
-
 class DetrDatasetMapper(DatasetMapper):
     """``DatasetMapper`` for boxes alone: every training image has ``instances``, be they none.
 

@@ -39,9 +39,9 @@ class Report:
 
     def add(self, what: str, records: Iterable[object], then: str, *, fatal: bool = False) -> None:
         """Keeps a finding if it concerns any record."""
-        records = [str(record) for record in records]
-        if records:
-            self.findings.append(Finding(what, records, then, fatal))
+        names = [str(record) for record in records]
+        if names:
+            self.findings.append(Finding(what, names, then, fatal))
 
     def fail(self, what: str, then: str) -> None:
         """Keeps an error that concerns the file as a whole."""

@@ -85,7 +85,8 @@ def generate_shapes(root: str, split: str, *, seed: int = 0, num_images: int | N
 
     logger.info("drawing %d images of the Shapes set (%s) into %s", num_images, split, root)
     os.makedirs(os.path.join(root, split), exist_ok=True)
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for index in range(num_images):
         rng = np.random.RandomState([seed, list(SPLITS).index(split), index])
         pixels, objects = draw_image(rng)
@@ -189,7 +190,9 @@ def _outline(rng: np.random.RandomState, name: str) -> list[tuple[float, float]]
         return around(np.ones(25), sweep=math.pi * 25 / 24)
     assert name == "blob"
     angles = np.linspace(0, 2 * math.pi, 48, endpoint=False)
-    waves = sum(rng.uniform(0.1, 0.25) * np.cos(k * angles + rng.uniform(0, 2 * math.pi)) for k in (2, 3, 5))
+    waves = np.zeros_like(angles)
+    for k in (2, 3, 5):
+        waves += rng.uniform(0.1, 0.25) * np.cos(k * angles + rng.uniform(0, 2 * math.pi))
     return around((1 + waves) / 1.6)
 
 
@@ -312,4 +315,4 @@ def _texture(rng: np.random.RandomState, colour: np.ndarray, height: int, width:
 def _clouds(rng: np.random.RandomState, height: int, width: int, cells: int) -> np.ndarray:
     """(H, W) float32 in [0, 1]: random values on a cells x cells grid, smoothly enlarged."""
     grid = Image.fromarray(rng.rand(cells, cells).astype(np.float32))
-    return np.clip(np.asarray(grid.resize((width, height), Image.BICUBIC)), 0, 1)
+    return np.clip(np.asarray(grid.resize((width, height), Image.Resampling.BICUBIC)), 0, 1)
