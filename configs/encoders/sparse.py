@@ -2,7 +2,7 @@
 
 from detectron2.config import LazyCall as L
 
-from sparse_detr.modeling.encoders.sparse import SparseEncoder
+from sparse_detr.modeling import SparseEncoder
 
 from ..models.deformable_detr import model as base
 

@@ -6,14 +6,14 @@ from .criterion import Predictions, SetCriterion
 from .decoder import DecoderOutput, DeformableDecoder, DeformableDecoderLayer
 from .denoising import ContrastiveDenoising
 from .encoder import DeformableEncoderLayer, DenseEncoder, Encoder, EncoderOutput
+from .encoders import *  # noqa: F403  all encoders
+from .encoders import __all__ as _encoders
 from .heads import DetectionHeads
 from .hybrid import HybridQueries
 from .layers import ChannelMapper, SinePosition
 from .matcher import HungarianMatcher, Target
 from .meta_arch import DINO, DeformableDETR, FocusDETR, LiteDETR, SetDetector, SparseDETR
 from .proposals import LearnedQueries, MixedQueries, ProposalHead, ProposalQueries
-from .encoders.key_aware import KeyAwareDeformAttn
-from .encoders.lite import LiteEncoder, LiteEncoderLayer
 from .tokens import Tokens
 from .transformer import DetectionTransformer, TransformerOutput
 
@@ -34,11 +34,8 @@ __all__ = [
     "FocusDETR",
     "HungarianMatcher",
     "HybridQueries",
-    "KeyAwareDeformAttn",
     "LearnedQueries",
     "LiteDETR",
-    "LiteEncoder",
-    "LiteEncoderLayer",
     "MSDeformAttn",
     "MixedQueries",
     "Predictions",
@@ -54,3 +51,4 @@ __all__ = [
     "build_dilated_resnet",
     "build_swin",
 ]
+__all__ += _encoders

@@ -7,7 +7,7 @@ decides which. The dense encoder (Deformable DETR, Sec. 4.1) refreshes all of th
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -53,6 +53,18 @@ class Encoder(nn.Module):
 
     needs_decoder_samples = False
     needs_proposal_head = False
+
+    # What the loading of checkpoints (``engine``) must know about an encoder; a training model has more
+    # parts than inference needs, and published files have names of their own.
+    training_only: tuple[str, ...] = ()  # children that may be missing in inference
+    # By family of names ("authors" or "detrex"): regular expression -> name within this encoder
+    published_names: Mapping[str, Sequence[tuple[str, str]]] = {}
+    published_unused: tuple[str, ...] = ()  # expressions of names that a model need not have
+    published_heads = ""  # child that has the heads published behind those of the proposals
+
+    def published_notes(self) -> list[str]:
+        """What users must know before they load a published file: settings that it does not tell."""
+        return []
 
     def forward(self, tokens: Tokens, proposal_head: ProposalHead | None) -> EncoderOutput:
         raise NotImplementedError
