@@ -6,6 +6,7 @@ adds one on purpose.
 """
 
 import contextlib
+import copy
 import difflib
 import inspect
 import logging
@@ -59,6 +60,25 @@ def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> DictC
         # a copy: interpolations count from its root
         cfg = OmegaConf.create(cfg.cfg, flags={"allow_objects": True})
     apply_overrides(cfg, overrides)
+    return cfg
+
+
+def resolve_config(config: str | os.PathLike | DictConfig, overrides: Iterable[str] = ()) -> DictConfig:
+    """The config of a model that can be built: found, overridden, and its classes known.
+
+    Args:
+        config: what ``load_config`` takes; or a loaded config, of which this is a copy.
+        overrides: "a.b=c", as on the command line.
+
+    Raises:
+        UserError: see ``load_config`` and ``resolve_classes``.
+    """
+    if isinstance(config, DictConfig):
+        cfg = copy.deepcopy(config)
+        apply_overrides(cfg, overrides)
+    else:
+        cfg = load_config(config, overrides)
+    resolve_classes(cfg)
     return cfg
 
 

@@ -191,11 +191,15 @@ def rename_torchvision(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     out = {}
     for key, value in state_dict.items():
         if re.match(r"(conv1|bn1|layer\d)\.", key) and not key.endswith("num_batches_tracked"):
-            key = f"backbone.0.body.{key}"
-            for pattern, replacement in _RESNET:
-                key = re.sub(pattern, replacement, key)
-            out[key] = value
+            out[_apply(_RESNET, f"backbone.0.body.{key}")] = value
     return out
+
+
+def _apply(rules: list[Rule], key: str) -> str:
+    """Every rule in turn."""
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
 
 
 def _rename(key: str, naming: str, model: nn.Module) -> object:
@@ -213,9 +217,7 @@ def _rename(key: str, naming: str, model: nn.Module) -> object:
     for pattern, replacement in model.transformer.encoder.published_names.get(naming, ()):
         if re.search(pattern, key):
             return f"transformer.encoder.{re.sub(pattern, replacement, key)}"
-    for pattern, replacement in _RULES[naming]:
-        key = re.sub(pattern, replacement, key)
-    return key
+    return _apply(_RULES[naming], key)
 
 
 def _head_name(kind: str, index: int, rest: str, model: nn.Module) -> str:
