@@ -30,8 +30,7 @@ from sparse_detr.errors import told_in_one_line  # noqa: E402
 
 def main(args: argparse.Namespace) -> dict:
     """Runs one process; returns COCOEvaluator's results in the main process."""
-    args.config_file = config.config_path(args.config_file)
-    cfg = config.load_config(args.config_file, args.opts)
+    cfg = config.resolve_config(args.config_file, args.opts)
     engine.setup(cfg, args)
     if args.eval_only:  # the run's weights, unless others are named here
         named = any(word.lstrip("+").startswith("train.init_checkpoint=") for word in args.opts)

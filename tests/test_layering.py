@@ -1,10 +1,12 @@
 """Who may import whom. The rules are the table below; the code is parsed, not imported.
 
 Modules are named as inside the package: `kernels.op`, `modeling.tokens`, `configs.models.dino`,
-`__init__` for the package itself. Imports under `if TYPE_CHECKING:` are free: only hints need them.
+`__init__` for the package itself. Imports in functions and through `import_module` count; those under
+`if TYPE_CHECKING:` are free: only hints need them. A new encoder needs no row here.
 """
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -21,27 +23,17 @@ FOLDERS = {
 }
 
 BASE = r"modeling\.(tokens|layers|attention|boxes)"
-# The strategies, each with the file of its own that holds a part of it.
-STRATEGIES = {"sparse": ("dam",), "focus": ("foreground",), "lite": ("key_aware",)}
-MODELING = r"modeling(\.(?!encoders).*)?"  # without the strategies
+MODELING = r"modeling(\.(?!encoders).*)?"  # without the encoders
 
 # (importer, what it may import), both as patterns; the first row that matches the importer counts.
 RULES = (
     (r"kernels(\..*)?", r"kernels(\..*)?"),
     (BASE, rf"kernels|{BASE}"),
-    *(
-        (
-            rf"modeling\.encoders\.{name}",
-            rf"kernels|{BASE}|modeling\.(encoder|heads|proposals)|" + own,
-        )
-        for strategy, parts in STRATEGIES.items()
-        for own in [rf"modeling\.encoders\.({'|'.join((strategy, *parts))})"]
-        for name in (strategy, *parts)
-    ),
-    (r"modeling\.encoders\..*", rf"kernels|{BASE}|modeling\.(encoder|heads|proposals)"),
+    # ... and its own helpers, see `is_own_helper`
+    (r"modeling\.encoders\..*", rf"kernels|{BASE}|modeling\.(encoder|selection|heads|proposals)"),
     (r"modeling\.encoders", r"modeling\.encoders\..*"),
     (r"modeling\.(transformer|postprocess|backbone)", r"modeling\.(?!encoders|meta_arch).*"),
-    (r"modeling\.meta_arch", r"modeling\..*|yacs"),  # yacs: detectron2 calls `from_config`
+    (r"modeling\.meta_arch", r"modeling\.(?!encoders).*|config|errors"),
     (r"modeling", r"modeling\..*"),
     (
         r"modeling\..*",
@@ -51,8 +43,8 @@ RULES = (
     (r"data(\..*)?", r"data(\..*)?|errors"),
     (r"engine(\..*)?", rf"engine(\..*)?|data(\..*)?|config|errors|{MODELING}"),
     (r"config", r"configs(\..*)?|data(\..*)?|errors"),
-    (r"yacs", r"modeling(\..*)?|config"),
-    (r"configs(\..*)?", r"(?!tools|tests|train_net).*"),
+    (r"yacs", r"modeling|config"),
+    (r"configs(\..*)?", r"(?!tools|tests|train_net|modeling\.encoders).*"),
     (r"__init__", r"(?!tools|tests|train_net).*"),
     (
         r"predictor|analysis|overlays|visualize|export",
@@ -68,10 +60,8 @@ THIRD_PARTY = (
 # Not used anywhere: both need a setuptools that still has pkg_resources.
 BANNED = ("detectron2.model_zoo", "pkg_resources")
 
-# The shared parts know no paper; `meta_arch` only registers the detectors' names.
-PAPER_WORDS = {"sparse", "focus", "lite", "dam", "salience"}
-REGISTERED = {"SparseDETR", "FocusDETR", "LiteDETR"}
-PAPER_FREE = ("modeling.meta_arch", "modeling.criterion", "modeling.decoder")
+# Imports of a name that is only known at run time; everything else can be checked here.
+COMPUTED = {"__init__", "modeling.encoders", "export"}  # export: the packages that ONNX needs
 
 
 def read_modules() -> dict[str, str]:
@@ -87,9 +77,21 @@ def read_modules() -> dict[str, str]:
 
 
 SOURCES = read_modules()
+ENCODERS = [name for name in SOURCES if name.startswith("modeling.encoders.")]
 PACKAGES = {"__init__", "kernels", "configs"} | {
     name for name in SOURCES if any(other.startswith(f"{name}.") for other in SOURCES)
 }
+
+
+# The shared parts know no paper; `meta_arch` only registers the detectors' names.
+PAPER_WORDS = {"dam", "salience"} | {
+    word
+    for name in ENCODERS
+    if re.search(r"^class \w+Encoder\(", SOURCES[name], re.M)
+    for word in name.split(".")[2:]
+}
+REGISTERED = {"SparseDETR", "FocusDETR", "LiteDETR"}
+PAPER_FREE = [name for name in SOURCES if not name.startswith(("configs", "modeling.encoders."))]
 
 
 def run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
@@ -107,7 +109,14 @@ def imported(module: str, source: str) -> Iterator[tuple[str, bool]]:
     Own modules are named as inside the package, and names from them stand for their module.
     """
     for node in run_time_nodes(ast.parse(source)):
-        if isinstance(node, ast.Import):
+        if isinstance(node, ast.Call) and called(node) in ("import_module", "__import__"):
+            if not isinstance(name := (node.args or [None])[0], ast.Constant):
+                continue  # see `test_names_computed_at_run_time`
+            level = len(name.value) - len(name.value.lstrip("."))
+            parts = [] if module == "__init__" else module.split(".")
+            start = ".".join(["sparse_detr", *parts[: len(parts) - level + (module in PACKAGES)], ""])
+            names = [start * bool(level) + name.value[level:]]
+        elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             start = node.module or ""
@@ -123,9 +132,29 @@ def imported(module: str, source: str) -> Iterator[tuple[str, bool]]:
             is_own = name.split(".")[0] == "sparse_detr"
             if is_own:
                 name = name.removeprefix("sparse_detr").lstrip(".") or "__init__"
-                if isinstance(node, ast.ImportFrom) and name not in SOURCES:
+                if name not in SOURCES:  # a name in the module
                     name = name.rpartition(".")[0] or "__init__"
             yield name, is_own
+
+
+def called(call: ast.Call) -> str:
+    """The last name of what is called: of `importlib.import_module(...)`, `import_module`."""
+    return getattr(call.func, "attr", getattr(call.func, "id", ""))
+
+
+def is_own_helper(name: str, module: str) -> bool:
+    """Whether `name` is a part of the encoder in `module`: no encoder itself, used by no other file."""
+    users = {
+        other
+        for other in ENCODERS
+        if other != name and name in {found for found, _ in imported(other, SOURCES[other])}
+    }
+    return (
+        module.startswith("modeling.encoders.")
+        and name in ENCODERS
+        and not re.search(r"^class \w+Encoder\(", SOURCES[name], re.M)
+        and users <= {module}
+    )
 
 
 def violations(module: str, source: str) -> list[str]:
@@ -138,7 +167,7 @@ def violations(module: str, source: str) -> list[str]:
         if is_own:
             if any(part.startswith("_") and part != "__init__" for part in name.split(".")):
                 found.append(f"{module} imports the private {name}")
-            if not re.fullmatch(allowed, name):
+            if not re.fullmatch(allowed, name) and not is_own_helper(name, module):
                 found.append(f"{module} must not import {name}")
         elif name.startswith(BANNED):
             found.append(f"{module} must not import {name}")
@@ -155,7 +184,8 @@ def paper_names(source: str) -> set[str]:
             value = getattr(node, field, None)
             if isinstance(value, str):
                 identifiers.update(value.split("."))
-    return {name for name in identifiers - REGISTERED if PAPER_WORDS & words(name)}
+    own = re.compile("sparse_detr", re.I)  # the package's own name
+    return {name for name in identifiers - REGISTERED if PAPER_WORDS & words(own.sub("", name))}
 
 
 def words(identifier: str) -> set[str]:
@@ -192,9 +222,51 @@ def test_no_import_cycle():
         pytest.fail("import cycle: " + " <- ".join(error.args[1]))
 
 
-@pytest.mark.parametrize("module", [name for name in PAPER_FREE if name in SOURCES])
+def test_names_computed_at_run_time():
+    for module, source in SOURCES.items():
+        computed = [
+            node.lineno
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.Call)
+            and called(node) in ("import_module", "__import__")
+            and not isinstance((node.args or [None])[0], ast.Constant)
+        ]
+        assert not computed or module in COMPUTED, f"{module} imports a computed name, lines {computed}"
+
+
+@pytest.mark.parametrize("module", sorted(PAPER_FREE))
 def test_shared_parts_name_no_paper(module):
     assert paper_names(SOURCES[module]) == set()
+
+
+@functools.cache
+def encoders_own_names() -> set[str]:
+    """Attributes that encoders set, and arguments that they are built with, but nothing shared has."""
+    names = set()
+    for node in (node for name in ENCODERS for node in ast.walk(ast.parse(SOURCES[name]))):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add(node.attr)
+        elif isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            names.update(arg.arg for arg in node.args.kwonlyargs)
+    return names.difference(*(used_words(SOURCES[n]) for n in SOURCES if re.fullmatch(MODELING, n)))
+
+
+def used_words(source: str) -> set[str]:
+    """Attributes, arguments, and the words of strings without blanks: names and regular expressions."""
+    used = set()
+    for node in ast.walk(ast.parse(source)):
+        for field in ("attr", "arg", "value"):
+            value = getattr(node, field, None)
+            if isinstance(value, str) and " " not in value:
+                used.update(re.findall(r"[A-Za-z]\w+", re.sub(r"\\\w", " ", value)))
+    return used
+
+
+@pytest.mark.parametrize("module", [name for name in sorted(SOURCES) if name.startswith("engine")])
+def test_the_engine_knows_no_part_of_a_single_encoder(module):
+    """Parameters and settings that only one encoder has: what is to be known of them, it says itself."""
+    assert {"num_high_levels", "scorer", "low_ffn"} <= encoders_own_names()
+    assert used_words(SOURCES[module]) & encoders_own_names() == set()
 
 
 @pytest.mark.parametrize(
@@ -209,7 +281,15 @@ def test_shared_parts_name_no_paper(module):
         ("modeling.encoders.sparse", "from .focus import FocusEncoder"),
         ("modeling.encoders.sparse", "from .foreground import foreground_loss"),
         ("modeling.encoders.sparse", "from ..decoder import DeformableDecoder"),
+        ("modeling.encoders.dam", "from .sparse import SparseEncoder"),
+        ("modeling.encoders.new", "from .foreground import foreground_loss"),
         ("modeling.encoders.new", "from .. import DenseEncoder"),
+        ("modeling.meta_arch", "def f():\n    from ..yacs import build_optimizer"),
+        ("modeling.meta_arch", "from .encoders.sparse import SparseEncoder"),
+        ("modeling.decoder", "import importlib\nimportlib.import_module('..meta_arch', __name__)"),
+        ("modeling.decoder", "from importlib import import_module\nimport_module('.encoders', __package__)"),
+        ("engine.trainer", "__import__('sparse_detr.modeling.encoders.sparse')"),
+        ("configs.encoders.x", "from sparse_detr.modeling.encoders.sparse import SparseEncoder"),
         ("modeling.transformer", "from .encoders.lite import LiteEncoder"),
         ("data.mapper", "from ..engine.trainer import Trainer"),
         ("engine.trainer", "from ..modeling.encoders.sparse import SparseEncoder"),

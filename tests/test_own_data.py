@@ -10,9 +10,10 @@ import pytest
 from detectron2.engine import default_argument_parser
 
 from sparse_detr import Predictor
-from sparse_detr.config import get_config, list_configs, load_config, resolve_classes
+from sparse_detr.config import get_config, list_configs, load_config, resolve_classes, resolve_config
 from sparse_detr.data import generate_shapes
 from sparse_detr.data.synthetic import CLASSES
+from sparse_detr.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -220,6 +221,17 @@ def test_the_recipes_leave_the_classes_to_the_data(name, data):
     assert cfg.model.num_classes == 5
     assert cfg.train.output_dir == f"./output/{name}"
     assert cfg.dataloader.train.total_batch_size == 8
+
+
+def test_a_file_and_overrides_become_a_config_that_can_be_built(data):
+    """By name or as a loaded config, which stays as it is."""
+    loaded = get_config(CUSTOM[0])
+    for config in (CUSTOM[0], loaded):
+        cfg = resolve_config(config, [*files(data, "train"), "train.epochs=3"])
+        assert (cfg.model.num_classes, cfg.data.classes, cfg.train.epochs) == (5, list(CLASSES), 3)
+    assert loaded.model.num_classes is loaded.data.train_json is None
+    with pytest.raises(UserError, match="num_classes is not known"):
+        resolve_config(loaded)
 
 
 def test_nothing_is_guessed_without_data():

@@ -1,17 +1,21 @@
 """detectron2's own DefaultTrainer and DefaultPredictor with the shipped yacs configs."""
 
+import importlib
 import json
 from importlib import resources
 
 import numpy as np
 import pytest
 import torch
-from detectron2.config import LazyConfig, get_cfg
+from detectron2.config import CfgNode, LazyConfig, get_cfg
 from detectron2.engine import DefaultPredictor, DefaultTrainer
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 
-from sparse_detr.config import get_config
+from sparse_detr.config import from_yacs, get_config
 from sparse_detr.data import shapes_dataset
-from sparse_detr.yacs import add_sparse_detr_config, build_optimizer, constructor_arguments
+from sparse_detr.errors import UserError
+from sparse_detr.modeling import SparseDETR, meta_arch
+from sparse_detr.yacs import add_sparse_detr_config, build_optimizer
 
 from .modeling.tiny import shrink
 
@@ -50,7 +54,7 @@ def test_one_file_per_method():
 @pytest.mark.parametrize("name", FILES)
 def test_the_recipe_is_that_of_the_lazy_config(name):
     yacs = config(name)
-    lazy = get_config(yacs.MODEL.DETR.CONFIG)
+    lazy = get_config(yacs.MODEL.SPARSE_DETR.CONFIG)
     batch, solver = lazy.dataloader.train.total_batch_size, yacs.SOLVER
     assert solver.IMS_PER_BATCH == batch
     assert yacs.DATALOADER.FILTER_EMPTY_ANNOTATIONS == lazy.dataloader.train.dataset.filter_empty
@@ -67,11 +71,11 @@ def test_the_recipe_is_that_of_the_lazy_config(name):
 def test_trains_and_predicts_with_detectron2s_engine(name, shapes, tmp_path):
     cfg = config(name)
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
-    cfg.MODEL.DETR.NUM_CLASSES = 5
-    small = get_config(cfg.MODEL.DETR.CONFIG)
+    cfg.MODEL.SPARSE_DETR.NUM_CLASSES = 5
+    small = get_config(cfg.MODEL.SPARSE_DETR.CONFIG)
     shrink(small.model)
     LazyConfig.save(small, str(tmp_path / "small.yaml"))
-    cfg.MODEL.DETR.CONFIG = str(tmp_path / "small.yaml")
+    cfg.MODEL.SPARSE_DETR.CONFIG = str(tmp_path / "small.yaml")
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (shapes,), ()
     cfg.DATALOADER.NUM_WORKERS = 0
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (64,), 64
@@ -91,8 +95,8 @@ def test_trains_and_predicts_with_detectron2s_engine(name, shapes, tmp_path):
 
 def test_overrides_win_over_the_numbers_of_the_yacs_config():
     cfg = config("sparse_detr_r50.yaml")
-    cfg.MODEL.DETR.OVERRIDES = ["model.max_detections=7", "optimizer.lr=0.5"]
-    assert constructor_arguments(cfg, "")["max_detections"] == 7
+    cfg.MODEL.SPARSE_DETR.OVERRIDES = ["model.max_detections=7", "optimizer.lr=0.5"]
+    assert SparseDETR.from_config(cfg)["max_detections"] == 7
     model = torch.nn.Linear(2, 2)
     model.default_config = ""
     assert build_optimizer(cfg, model).param_groups[0]["lr"] == 0.5
@@ -100,12 +104,12 @@ def test_overrides_win_over_the_numbers_of_the_yacs_config():
 
 def test_a_saved_config_is_read_again(tmp_path):
     cfg = config("sparse_detr_r50.yaml")
-    cfg.MODEL.DETR.NUM_CLASSES = 3
+    cfg.MODEL.SPARSE_DETR.NUM_CLASSES = 3
     (tmp_path / "config.yaml").write_text(cfg.dump())
     again = get_cfg()
     add_sparse_detr_config(again)
     again.merge_from_file(str(tmp_path / "config.yaml"))
-    assert again.MODEL.DETR == cfg.MODEL.DETR and again.SOLVER == cfg.SOLVER
+    assert again.MODEL.SPARSE_DETR == cfg.MODEL.SPARSE_DETR and again.SOLVER == cfg.SOLVER
 
 
 def test_the_optimizer_is_the_lazy_configs_with_the_solvers_numbers():
@@ -124,3 +128,106 @@ def test_the_optimizer_is_the_lazy_configs_with_the_solvers_numbers():
     optimizer.step()
     norms = torch.stack([p.grad.norm() for p in model.parameters()])
     assert norms.norm() == pytest.approx(0.1)  # over all parameters
+
+
+# The node that was once called MODEL.DETR, as DETR's own detectron2 wrapper still calls its own.
+
+FOREIGN = {"NUM_CLASSES": 80, "NUM_OBJECT_QUERIES": 100, "MASK_ON": False}
+
+
+def add_detr_config(cfg):
+    """What facebookresearch/detr's ``d2`` does."""
+    cfg.MODEL.DETR = CfgNode(FOREIGN)
+
+
+@pytest.mark.parametrize(
+    "adders", [(add_detr_config, add_sparse_detr_config), (add_sparse_detr_config, add_detr_config)]
+)
+def test_both_projects_nodes_live_in_one_config(adders, tmp_path, caplog):
+    def fresh():
+        cfg = get_cfg()
+        for add in adders:
+            add(cfg)
+        return cfg
+
+    cfg = fresh()
+    cfg.MODEL.DETR.NUM_CLASSES, cfg.MODEL.SPARSE_DETR.NUM_CLASSES = 250, 3
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    again = fresh()
+    again.merge_from_file(str(tmp_path / "config.yaml"))
+    for each in (cfg, again):
+        assert dict(each.MODEL.DETR) == {**FOREIGN, "NUM_CLASSES": 250}
+        assert from_yacs(each, "sparse_detr/sparse_detr_r50_30_50ep").model.num_classes == 3
+    assert not caplog.records
+
+
+FORMER = """
+VERSION: 2
+MODEL:
+  META_ARCHITECTURE: "SparseDETR"
+  DETR:
+    CONFIG: "sparse_detr/sparse_detr_r50_10_50ep"
+    NUM_CLASSES: 3
+    OVERRIDES: ["model.max_detections=7"]
+"""
+
+
+def test_a_file_with_the_former_name_is_read_with_a_warning(tmp_path, caplog):
+    (tmp_path / "old.yaml").write_text(FORMER)
+    cfg = get_cfg()
+    add_sparse_detr_config(cfg)
+    cfg.merge_from_file(str(tmp_path / "old.yaml"))
+    model = from_yacs(cfg.clone(), "").model
+    assert (model.num_classes, model.max_detections) == (3, 7)
+    assert model.transformer.encoder.keep_ratio == 0.1
+    (record,) = caplog.records
+    assert record.message.startswith("MODEL.DETR is now MODEL.SPARSE_DETR: rename it")
+
+
+def test_code_with_the_former_name_wins_over_a_shipped_file(caplog):
+    cfg = config("sparse_detr_r50.yaml")
+    cfg.MODEL.DETR.NUM_CLASSES = 3
+    assert from_yacs(cfg, "").model.num_classes == 3
+    assert len(caplog.records) == 1
+
+
+def test_a_detr_node_that_is_not_ours_is_no_substitute():
+    cfg = get_cfg()
+    add_detr_config(cfg)
+    with pytest.raises(UserError, match=r"no MODEL.SPARSE_DETR: call .*add_sparse_detr_config\(cfg\)"):
+        from_yacs(cfg, "dino/dino_r50_4scale_12ep")
+
+
+# Names in detectron2's registry
+
+
+def test_any_config_can_be_built_without_a_name_of_its_own():
+    cfg = get_cfg()
+    add_sparse_detr_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE = "SetDetector", "cpu"
+    with pytest.raises(
+        UserError, match="SetDetector has no config of its own: name one in MODEL.SPARSE_DETR"
+    ):
+        build_model(cfg)
+    cfg.MODEL.SPARSE_DETR.CONFIG = "deformable_detr/deformable_detr_r50_50ep"
+    assert type(build_model(cfg)) is meta_arch.SetDetector
+
+
+def test_registering_again_is_no_error():
+    """After a reload, and under the other name of the package."""
+    known = META_ARCH_REGISTRY.get("DINO")
+    module = importlib.util.spec_from_file_location("sparse_detr.modeling.again", meta_arch.__file__)
+    again = importlib.util.module_from_spec(module)
+    module.loader.exec_module(again)
+    assert again.DINO is not known and META_ARCH_REGISTRY.get("DINO") is known
+
+
+def test_a_name_that_another_project_has_registered_is_an_error(monkeypatch):
+    class DINO(torch.nn.Module):
+        pass
+
+    monkeypatch.setitem(META_ARCH_REGISTRY._obj_map, "DINO", DINO)
+    monkeypatch.delitem(META_ARCH_REGISTRY._obj_map, "LiteDETR")
+    with pytest.raises(UserError, match=rf"sparse_detr.modeling.meta_arch registers DINO .*{__name__} has"):
+        meta_arch._register(meta_arch.LiteDETR, meta_arch.DINO)
+    assert "LiteDETR" not in META_ARCH_REGISTRY  # all or none

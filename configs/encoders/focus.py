@@ -9,8 +9,7 @@ paper is that of 0.3. The paper's text differs from its code in four places, eac
 
 from detectron2.config import LazyCall as L
 
-from sparse_detr.modeling import MSDeformAttn
-from sparse_detr.modeling.encoders.focus import FocusEncoder, FocusEncoderLayer
+from sparse_detr.modeling import FocusEncoder, FocusEncoderLayer, MSDeformAttn
 
 encoder = L(FocusEncoder)(
     layer=L(FocusEncoderLayer)(

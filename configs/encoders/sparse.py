@@ -5,8 +5,7 @@ Layers follow the base's decoder in width, heads, points and dropout.
 
 from detectron2.config import LazyCall as L
 
-from sparse_detr.modeling import DeformableEncoderLayer, MSDeformAttn
-from sparse_detr.modeling.encoders.sparse import SparseEncoder
+from sparse_detr.modeling import DeformableEncoderLayer, MSDeformAttn, SparseEncoder
 
 encoder = L(SparseEncoder)(
     layer=L(DeformableEncoderLayer)(

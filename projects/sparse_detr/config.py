@@ -6,15 +6,17 @@ adds one on purpose.
 """
 
 import contextlib
+import copy
 import difflib
 import inspect
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 
 import torch
-from detectron2.config import LazyConfig
+from detectron2.config import CfgNode, LazyConfig
 from detectron2.utils.registry import locate
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
@@ -22,6 +24,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import UserError, listed
+
+logger = logging.getLogger(__name__)
 
 _PARTS = ("common", "models", "encoders")  # folders that hold pieces of configs, not whole ones
 
@@ -57,6 +61,73 @@ def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> DictC
         cfg = OmegaConf.create(cfg.cfg, flags={"allow_objects": True})
     apply_overrides(cfg, overrides)
     return cfg
+
+
+def resolve_config(config: str | os.PathLike | DictConfig, overrides: Iterable[str] = ()) -> DictConfig:
+    """The config of a model that can be built: found, overridden, and its classes known.
+
+    Args:
+        config: what ``load_config`` takes; or a loaded config, of which this is a copy.
+        overrides: "a.b=c", as on the command line.
+
+    Raises:
+        UserError: see ``load_config`` and ``resolve_classes``.
+    """
+    if isinstance(config, DictConfig):
+        cfg = copy.deepcopy(config)
+        apply_overrides(cfg, overrides)
+    else:
+        cfg = load_config(config, overrides)
+    resolve_classes(cfg)
+    return cfg
+
+
+def from_yacs(cfg: CfgNode, default: str) -> DictConfig:
+    """The LazyConfig behind a yacs config, with the numbers and the overrides of that one.
+
+    Args:
+        cfg: with the node ``MODEL.SPARSE_DETR``, see ``yacs.add_sparse_detr_config``.
+        default: shipped config in use where the node names none.
+
+    Raises:
+        UserError: there is no such node, no such config, or an override does not fit it.
+    """
+    node = _yacs_node(cfg)
+    if not node["CONFIG"] and not default:
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE={cfg.MODEL.META_ARCHITECTURE} has no config of its own: name one in "
+            "MODEL.SPARSE_DETR.CONFIG (sparse_detr.list_configs() has them)"
+        )
+    lazy = get_config(node["CONFIG"] or default)
+    lazy.model.update(
+        num_classes=node["NUM_CLASSES"],
+        pixel_mean=list(cfg.MODEL.PIXEL_MEAN),
+        pixel_std=list(cfg.MODEL.PIXEL_STD),
+        input_format=cfg.INPUT.FORMAT,
+        max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+    )
+    if "optimizer" in lazy:
+        lazy.optimizer.update(lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+    apply_overrides(lazy, node["OVERRIDES"])
+    return lazy
+
+
+def _yacs_node(cfg: CfgNode) -> dict:
+    """``MODEL.SPARSE_DETR``, with what stands under its former name ``MODEL.DETR``.
+
+    That is also the node of DETR's own detectron2 wrapper: it is read only if all it holds is ours.
+    """
+    known = {"CONFIG", "NUM_CLASSES", "OVERRIDES"}
+    node, former = dict(cfg.MODEL.get("SPARSE_DETR", {})), cfg.MODEL.get("DETR", {})
+    if former and former.keys() <= known and (former.is_new_allowed() or former.keys() - {"NUM_CLASSES"}):
+        logger.warning("MODEL.DETR is now MODEL.SPARSE_DETR: rename it; %s is taken from it", dict(former))
+        node.update(former)
+    if not known <= node.keys():
+        raise UserError(
+            "this config has no MODEL.SPARSE_DETR: call sparse_detr.yacs.add_sparse_detr_config(cfg) "
+            "after detectron2.config.get_cfg()"
+        )
+    return node
 
 
 def resolve_classes(cfg: DictConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -16,7 +15,7 @@ from detectron2.data import transforms as T
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from .config import apply_overrides, load_config, resolve_classes, resolve_device
+from .config import resolve_config, resolve_device
 from .engine.checkpoint import Checkpointer
 from .errors import UserError
 from .modeling import SetDetector
@@ -168,15 +167,10 @@ def _build(
     config: str | os.PathLike | DictConfig, weights: str | os.PathLike, overrides: Iterable[str], device: str
 ) -> tuple[DictConfig, SetDetector, dict | None]:
     """The config, the model, and what its checkpoint, if there is one, holds besides weights."""
-    if isinstance(config, DictConfig):
-        cfg = copy.deepcopy(config)
-        apply_overrides(cfg, overrides)
-    else:
-        cfg = load_config(config, overrides)
-        if not weights and os.path.isdir(config):
-            weights = _last_checkpoint(config)
     where = resolve_device(device)
-    resolve_classes(cfg)
+    cfg = resolve_config(config, overrides)
+    if not weights and not isinstance(config, DictConfig) and os.path.isdir(config):
+        weights = _last_checkpoint(config)
     model = instantiate(cfg.model).to(where).eval()
     if not weights:
         return cfg, model, None

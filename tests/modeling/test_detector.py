@@ -182,8 +182,8 @@ def test_yacs_users_get_the_same_model(name):
     add_sparse_detr_config(cfg)
     cfg.MODEL.META_ARCHITECTURE = name
     cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.DETR.NUM_CLASSES = 7
-    cfg.MODEL.DETR.OVERRIDES = [
+    cfg.MODEL.SPARSE_DETR.NUM_CLASSES = 7
+    cfg.MODEL.SPARSE_DETR.OVERRIDES = [
         "model.transformer.decoder.num_layers=1",
         "model.transformer.encoder.num_layers=6",
     ]

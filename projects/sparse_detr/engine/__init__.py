@@ -1,6 +1,5 @@
 """Training, evaluation, schedules and checkpoints on top of detectron2's engine."""
 
-from ..config import resolve_device
 from .best import BestCheckpoint
 from .checkpoint import Checkpointer
 from .ema import ModelEMA
@@ -22,7 +21,6 @@ __all__ = [
     "build_optimizer",
     "evaluate",
     "launch",
-    "resolve_device",
     "setup",
     "train",
 ]

@@ -33,30 +33,33 @@ from .fine_tune import (
 from .weights import WeightsError, read_npz, read_pickle, read_safetensors, read_torch
 
 _READERS = {".npz": read_npz, ".pkl": read_pickle, ".safetensors": read_safetensors}
-# Inference runs without: denoising, and Sparse DETR's heads behind the encoder's layers.
-_TRAINING_ONLY = re.compile(r"transformer\.(denoising|encoder\.heads)\.")
 
 
 class Checkpointer(DetectionCheckpointer):
     """detectron2's checkpointer with atomic writes, fall-back on resume, and more file types.
 
-    ``class_names``, once set, is stored in every file, for ``Predictor``, and compared with those
-    that a file holds: weights of other classes, or in another order, are fine-tuned or not used.
-
     Args:
+        class_names: stored in every file, for ``Predictor``, and compared with those that a file
+            holds: weights of other classes, or in another order, are fine-tuned or not used.
         fine_tune: ``load`` is the start of a training: a backbone alone will do, and tensors with a
             row per class are initialised anew where their number differs. Otherwise, and when a run
             is resumed, the weights must be the model's own: all of them, in its shapes.
         others: see detectron2's ``DetectionCheckpointer``.
     """
 
-    class_names: list[str] | None = None
     _content: dict[str, Any] | None = None  # of the file that ``resume_or_load`` has read
 
     def __init__(
-        self, model: nn.Module, save_dir: str = "", *, fine_tune: bool = False, **others: Any
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        class_names: list[str] | None = None,
+        fine_tune: bool = False,
+        **others: Any,
     ) -> None:
         super().__init__(model, save_dir, **others)
+        self.class_names = class_names
         self.fine_tune = fine_tune
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -242,7 +245,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def _check_missing(self, missing: set[str]) -> None:
         if not self.fine_tune:
-            needed = sorted(name for name in missing if not _TRAINING_ONLY.match(name))
+            needed = sorted(name for name in missing if not name.startswith(training_only(self.model)))
             if needed:
                 raise UserError(
                     f"the weights are not the model's: {len(needed)} of its tensors are "
@@ -254,6 +257,15 @@ class Checkpointer(DetectionCheckpointer):
                 "train.init_checkpoint: not one of its tensors fits the model, so training would "
                 "start from nothing; leave it empty if that is what you want"
             )
+
+
+def training_only(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the parameters that inference runs without: ``training_only`` of the model's parts."""
+    return tuple(
+        f"{path}.{name}.".lstrip(".")
+        for path, module in model.named_modules()
+        for name in getattr(module, "training_only", ())
+    )
 
 
 def run_checkpoints(folder: str) -> list[str]:

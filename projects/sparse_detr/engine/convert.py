@@ -1,14 +1,15 @@
 """Published checkpoints under this project's parameter names.
 
-Each family of checkpoints has one table of renaming rules; tensors that need more than a new name
-(split embeddings, class rows, shared heads stored several times) follow below it. Nothing is
-dropped silently: the report lists what was left out and why, what is missing and what is left over.
+Two ways of naming are in use, each with its table of renaming rules here; names that only one method
+has are in the ``published_names`` of its encoder. Tensors that need more than a new name (split
+embeddings, class rows, shared heads stored several times) follow below the tables. Nothing is dropped
+silently: the report lists what was left out and why, what is missing and what is left over.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -39,8 +40,9 @@ _RESNET: list[Rule] = [
     (r"^backbone\.0\.(body\.)?", "backbone."),  # Swin keeps its names
 ]
 
-# fundamentalvision/Deformable-DETR, kakaobrain/sparse-detr, HDETR/H-Deformable-DETR.
-_DEFORMABLE: list[Rule] = [
+# The authors' repositories, which follow Deformable DETR's: fundamentalvision/Deformable-DETR,
+# kakaobrain/sparse-detr, HDETR/H-Deformable-DETR, IDEA-Research/DINO, IDEA-Research/Lite-DETR.
+_AUTHORS: list[Rule] = [
     *_RESNET,
     (r"^input_proj\.(\d+)\.0\.", r"neck.convs.\1."),
     (r"^input_proj\.(\d+)\.1\.", r"neck.norms.\1."),
@@ -58,15 +60,7 @@ _DEFORMABLE: list[Rule] = [
     (r"^transformer\.pos_trans\.", "transformer.query_selection.position_proj."),
     (r"^transformer\.pos_trans_norm\.", "transformer.query_selection.position_norm."),
     (r"^transformer\.reference_points\.", "transformer.query_selection.reference_points."),
-    (r"^transformer\.enc_mask_predictor\.", "transformer.encoder.scorer."),
-]
-
-# IDEA-Research/DINO and IDEA-Research/Lite-DETR: the names of Deformable DETR and some more.
-_DINO: list[Rule] = [
-    *_DEFORMABLE,
-    # the feed-forward network of Lite DETR's low-level tokens
-    (r"^(transformer\.encoder\.layers\.\d+\.)linear([12])2\.", r"\1low_ffn.linear\2."),
-    (r"^(transformer\.encoder\.layers\.\d+\.)norm22\.", r"\1low_ffn.norm."),
+    # DINO has some more
     (r"^transformer\.decoder\.ref_point_head\.", "transformer.decoder.position_mlp."),
     (r"^transformer\.tgt_embed\.", "transformer.query_selection.content."),
     (r"^transformer\.enc_out_class_embed\.", "transformer.proposal_head.class_head."),
@@ -82,12 +76,7 @@ _DETREX: list[Rule] = [
     (r"^transformer\.tgt_embed\.", "transformer.query_selection.content."),
     (r"^transformer\.enc_output\.", "transformer.proposal_head.projection."),
     (r"^transformer\.enc_output_norm\.", "transformer.proposal_head.norm."),
-    (r"^transformer\.alpha$", "transformer.encoder.foreground.alpha"),
-    (r"^transformer\.enc_mask_predictor\.", "transformer.encoder.foreground.scorer."),
-    # the encoder: dense layers have one attention, Focus-DETR's two
-    (r"^(transformer\.encoder\.layers\.\d+\.)attentions\.0\.attn\.", r"\1object_attention."),
-    (r"^(transformer\.encoder\.layers\.\d+\.)attentions\.[01]\.", r"\1attention."),
-    (r"^(transformer\.encoder\.layers\.\d+\.)norm2\.", r"\1object_norm."),
+    (r"^(transformer\.encoder\.layers\.\d+\.)attentions\.0\.", r"\1attention."),
     (r"^(transformer\.encoder\.layers\.\d+\.)norms\.0\.", r"\1norm."),
     (r"^(transformer\.encoder\.layers\.\d+\.)norms\.1\.", r"\1ffn.norm."),
     (r"^(transformer\.decoder\.layers\.\d+\.)attentions\.0\.attn\.", r"\1self_attention."),
@@ -100,6 +89,24 @@ _DETREX: list[Rule] = [
     (r"^transformer\.decoder\.ref_point_head\.", "transformer.decoder.position_mlp."),
     (r"^label_enc\.", "transformer.denoising.label_embed."),
 ]
+
+_RULES = {"authors": _AUTHORS, "detrex": _DETREX}
+
+
+@dataclass(frozen=True)
+class Family:
+    """marker: a key only this family has. naming: "authors" or "detrex", see ``Encoder.published_names``."""
+
+    marker: str
+    naming: str
+
+
+# In the order in which they are looked for: DINO's names are Deformable DETR's and some more.
+FAMILIES = {
+    "dino": Family(r"transformer\.enc_out_class_embed\.", "authors"),
+    "deformable": Family(r"transformer\.encoder\.layers\.\d+\.self_attn\.", "authors"),
+    "detrex": Family(r"transformer\.encoder\.layers\.\d+\.attentions\.", "detrex"),
+}
 
 
 @dataclass
@@ -143,14 +150,14 @@ def convert_state_dict(
             "unknown checkpoint: its keys (e.g. "
             f"{', '.join(list(state_dict)[:3])}) match none of {', '.join(FAMILIES)}"
         )
-    family = FAMILIES[name]
+    encoder, naming = model.transformer.encoder, FAMILIES[name].naming
     report = ConversionReport(family=name)
     renamed: dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
         if re.search(r"(total_ops|total_params|num_batches_tracked)$", key):
             report.ignored[key] = "a counter"
             continue
-        target = family.rename(key, model)
+        target = _rename(key, naming, model)
         if target is None:
             report.ignored[key] = "a second name of a shared head"
             continue
@@ -162,17 +169,12 @@ def convert_state_dict(
                 )
             renamed[new_key] = value
     expected = model.state_dict()
-    for key in [k for k in renamed if k not in expected and re.search(family.optional, k)]:
+    unused = "|".join((r"^transformer\.denoising\.", *encoder.published_unused))
+    for key in [k for k in renamed if k not in expected and re.search(unused, k)]:
         report.ignored[key] = "not used by this model"
         del renamed[key]
     renamed = _fit_classes(renamed, expected, model, report)
-    high = getattr(model.transformer.encoder, "num_high_levels", None)
-    if high is not None:
-        report.notes.append(
-            f"model.transformer.encoder.num_high_levels={high} comes from the config, the weights "
-            "do not tell: published checkpoints named H3L1 (s3) have 3, H2L2 (s2) have 2; a wrong "
-            "value loads without an error and costs AP"
-        )
+    report.notes += encoder.published_notes()
     published = _POSITION_TEMPERATURES.get(name)
     if published and getattr(model.transformer, "denoising", None) is not None:  # DINO's
         report.notes.append(
@@ -189,49 +191,19 @@ def rename_torchvision(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     out = {}
     for key, value in state_dict.items():
         if re.match(r"(conv1|bn1|layer\d)\.", key) and not key.endswith("num_batches_tracked"):
-            key = f"backbone.0.body.{key}"
-            for pattern, replacement in _RESNET:
-                key = re.sub(pattern, replacement, key)
-            out[key] = value
+            out[_apply(_RESNET, f"backbone.0.body.{key}")] = value
     return out
 
 
-@dataclass
-class _Family:
-    """marker: a key only this family has. optional: new names a model may lack."""
-
-    marker: str
-    rules: list[Rule]
-    special: Callable[[str, nn.Module], object] | None = None
-    optional: str = r"(?!)"
-
-    def rename(self, key: str, model: nn.Module):
-        """The new name, a function from the tensor to (name, tensor) pairs, or None to drop."""
-        if self.special is not None:
-            found = self.special(key, model)
-            if found is not NotImplemented:
-                return found
-        for pattern, replacement in self.rules:
-            key = re.sub(pattern, replacement, key)
-        return key
+def _apply(rules: list[Rule], key: str) -> str:
+    """Every rule in turn."""
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
 
 
-def _head_name(kind: str, index: int, rest: str, model: nn.Module) -> str:
-    """Where head ``index`` of the published per-layer lists lives.
-
-    Decoder layers come first, then the proposals' head, then the encoder's auxiliary heads.
-    """
-    heads = {"class": "class_heads", "bbox": "box_heads"}[kind]
-    num_layers = model.transformer.heads.num_layers
-    if index < num_layers:
-        slot = min(index, len(model.transformer.heads.class_heads) - 1)
-        return f"transformer.heads.{heads}.{slot}.{rest}"
-    if index == num_layers:
-        return f"transformer.proposal_head.{heads[:-1]}.{rest}"
-    return f"transformer.encoder.heads.{heads}.{index - num_layers - 1}.{rest}"
-
-
-def _deformable_special(key: str, model: nn.Module):
+def _rename(key: str, naming: str, model: nn.Module) -> object:
+    """The new name, a function from the tensor to (name, tensor) pairs, or None to drop."""
     if re.match(r"transformer\.(encoder|decoder)\.(class|bbox)_embed\.", key):
         return None
     if match := re.match(r"(class|bbox)_embed\.(\d+)\.(.*)", key):
@@ -240,15 +212,28 @@ def _deformable_special(key: str, model: nn.Module):
         if isinstance(getattr(model.transformer.query_selection, "position", None), nn.Embedding):
             return _split_query_embed
         return "transformer.query_selection.content.weight"
-    return NotImplemented
-
-
-def _detrex_special(key: str, model: nn.Module):
-    if re.match(r"(transformer\.encoder\.)?enhance_MCSP", key):
-        return None
-    if match := re.match(r"neck\.extra_convs\.(\d+)\.(conv|norm)\.(.*)", key):
+    if match := re.match(r"neck\.extra_convs\.(\d+)\.(conv|norm)\.(.*)", key):  # detrex
         return f"neck.{match[2]}s.{int(match[1]) + model.neck.num_inputs}.{match[3]}"
-    return _deformable_special(key, model)
+    for pattern, replacement in model.transformer.encoder.published_names.get(naming, ()):
+        if re.search(pattern, key):
+            return f"transformer.encoder.{re.sub(pattern, replacement, key)}"
+    return _apply(_RULES[naming], key)
+
+
+def _head_name(kind: str, index: int, rest: str, model: nn.Module) -> str:
+    """Where head ``index`` of the published per-layer lists lives.
+
+    Decoder layers come first, then the proposals' head, then those behind the encoder's layers.
+    """
+    heads = {"class": "class_heads", "bbox": "box_heads"}[kind]
+    num_layers = model.transformer.heads.num_layers
+    if index < num_layers:
+        slot = min(index, len(model.transformer.heads.class_heads) - 1)
+        return f"transformer.heads.{heads}.{slot}.{rest}"
+    if index == num_layers:
+        return f"transformer.proposal_head.{heads[:-1]}.{rest}"
+    behind_layers = model.transformer.encoder.published_heads
+    return f"transformer.encoder.{behind_layers}.{heads}.{index - num_layers - 1}.{rest}"
 
 
 def _split_query_embed(weight: Tensor) -> list[tuple[str, Tensor]]:
@@ -277,26 +262,3 @@ def _fit_classes(
             out[key] = value[rows]
             report.notes.append(f"{key}: {value.shape[0]} rows by category id -> {len(rows)}")
     return out
-
-
-FAMILIES: dict[str, _Family] = {
-    "dino": _Family(
-        marker=r"transformer\.(enc_out_class_embed|encoder\.layers\.\d+\.(linear12"
-        r"|self_attn\.query_proj))\.",
-        rules=_DINO,
-        special=_deformable_special,
-        # Published key-unaware attention has query projections that it never calls.
-        optional=r"^transformer\.denoising\.|attention\.query_proj\.",
-    ),
-    "deformable": _Family(
-        marker=r"transformer\.encoder\.layers\.\d+\.self_attn\.",
-        rules=_DEFORMABLE,
-        special=_deformable_special,
-    ),
-    "detrex": _Family(
-        marker=r"transformer\.encoder\.layers\.\d+\.attentions\.",
-        rules=_DETREX,
-        special=_detrex_special,
-        optional=r"^transformer\.denoising\.",  # only training uses it
-    ),
-}

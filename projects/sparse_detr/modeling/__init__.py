@@ -6,8 +6,8 @@ from .criterion import Predictions, SetCriterion
 from .decoder import DecoderOutput, DeformableDecoder, DeformableDecoderLayer
 from .denoising import ContrastiveDenoising
 from .encoder import DeformableEncoderLayer, DenseEncoder, Encoder, EncoderOutput
-from .encoders.key_aware import KeyAwareDeformAttn
-from .encoders.lite import LiteEncoder, LiteEncoderLayer
+from .encoders import *  # noqa: F403  all encoders
+from .encoders import __all__ as _encoders
 from .heads import DetectionHeads
 from .hybrid import HybridQueries
 from .layers import ChannelMapper, SinePosition, clone_layers
@@ -35,11 +35,8 @@ __all__ = [
     "FocusDETR",
     "HungarianMatcher",
     "HybridQueries",
-    "KeyAwareDeformAttn",
     "LearnedQueries",
     "LiteDETR",
-    "LiteEncoder",
-    "LiteEncoderLayer",
     "MSDeformAttn",
     "MixedQueries",
     "Predictions",
@@ -60,3 +57,4 @@ __all__ = [
     "clone_layers",
     "keep_best",
 ]
+__all__ += _encoders

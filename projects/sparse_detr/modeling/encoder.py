@@ -7,7 +7,7 @@ from. The dense encoder (Deformable DETR, Sec. 4.1) refreshes all tokens in ever
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -73,6 +73,14 @@ class Encoder(nn.Module):
     needs_decoder_samples = False
     needs_proposal_head = False
 
+    # What the loading of checkpoints (``engine``) must know about an encoder; a training model has more
+    # parts than inference needs, and published files have names of their own.
+    training_only: tuple[str, ...] = ()  # children that may be missing in inference
+    # By family of names ("authors" or "detrex"): regular expression -> name within this encoder
+    published_names: Mapping[str, Sequence[tuple[str, str]]] = {}
+    published_unused: tuple[str, ...] = ()  # expressions of names that a model need not have
+    published_heads = ""  # child that has the heads published behind those of the proposals
+
     def __init__(self):
         super().__init__()
         self.heads: DetectionHeads | None = None
@@ -117,6 +125,10 @@ class Encoder(nn.Module):
     ) -> Tensor:
         """``layer`` on the ``chosen`` tokens ``x`` (B, K, C), attending over ``value`` (B, N, C)."""
         return layer(x, chosen.position, chosen.reference, value, tokens.shapes, tokens.value_mask)
+
+    def published_notes(self) -> list[str]:
+        """What users must know before they load a published file: settings that it does not tell."""
+        return []
 
     def losses(
         self, encoded: EncoderOutput, decoded: DecoderOutput, tokens: Tokens, targets: list[Target]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode, configurable, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY, detector_postprocess
 from detectron2.structures import ImageList
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
+from ..config import from_yacs
+from ..errors import UserError
 from .backbone import fold_frozen_norms
 from .boxes import xyxy_to_cxcywh
 from .criterion import BatchPart, SetCriterion
@@ -88,9 +91,8 @@ class SetDetector(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         """Constructor arguments for users of ``MODEL.META_ARCHITECTURE``; see ``yacs.py``."""
-        from ..yacs import constructor_arguments
-
-        return constructor_arguments(cfg, cls.default_config)
+        model = from_yacs(cfg, cls.default_config).model
+        return {name: instantiate(value) for name, value in model.items() if name != "_target_"}
 
     @property
     def device(self) -> torch.device:
@@ -249,7 +251,7 @@ class SetDetector(nn.Module):
             raise ValueError(
                 f"{entry.get('file_name', 'an image')} has an object of class "
                 f"{low if low < 0 else high}, but the model has {self.num_classes} classes, counted "
-                "from 0: model.num_classes (yacs: MODEL.DETR.NUM_CLASSES) must be the data set's"
+                "from 0: model.num_classes (yacs: MODEL.SPARSE_DETR.NUM_CLASSES) must be the data set's"
             )
 
     def losses(
@@ -304,6 +306,28 @@ class LiteDETR(DINO):
     default_config = "lite_detr/lite_dino_r50_h3l1_2p1x3_36ep"
 
 
-for _detector in (DeformableDETR, DINO, SparseDETR, FocusDETR, LiteDETR):
-    if _detector.__name__ not in META_ARCH_REGISTRY:  # idempotent under reloads
-        META_ARCH_REGISTRY.register(_detector)
+def _register(*detectors: type[SetDetector]) -> None:
+    """Makes the detectors known to detectron2; once more, after a reload, without effect.
+
+    Raises:
+        UserError: one of the names is another project's.
+    """
+    taken = {}
+    for detector in detectors:
+        if detector.__name__ in META_ARCH_REGISTRY:
+            known = META_ARCH_REGISTRY.get(detector.__name__)
+            if getattr(sys.modules.get(known.__module__), "__file__", None) != __file__:
+                taken[detector.__name__] = known.__module__
+    if taken:
+        raise UserError(
+            f"{__name__} registers {', '.join(taken)} in detectron2's META_ARCH_REGISTRY, where "
+            f"{', '.join(sorted(set(taken.values())))} has put another class under that name: import "
+            "one of the two in a process"
+        )
+    for detector in detectors:
+        if detector.__name__ not in META_ARCH_REGISTRY:
+            META_ARCH_REGISTRY.register(detector)
+
+
+# SetDetector: for configs that have no name here (``MODEL.SPARSE_DETR.CONFIG``).
+_register(SetDetector, DeformableDETR, DINO, SparseDETR, FocusDETR, LiteDETR)

@@ -54,6 +54,8 @@ class DetectionTransformer(nn.Module):
             computed again in the backward pass: less memory, about a third more time.
     """
 
+    training_only = ("denoising",)
+
     def __init__(
         self,
         *,

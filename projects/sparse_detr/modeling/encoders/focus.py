@@ -8,6 +8,8 @@ like objects exchange information directly.
 
 from __future__ import annotations
 
+__all__ = ["FocusEncoder", "FocusEncoderLayer"]
+
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -103,6 +105,16 @@ class FocusEncoder(Encoder):
     """
 
     needs_proposal_head = True
+    published_names = {
+        "detrex": (
+            (r"^transformer\.alpha$", "foreground.alpha"),
+            (r"^transformer\.enc_mask_predictor\.", "foreground.scorer."),
+            (r"^transformer\.encoder\.(layers\.\d+\.)attentions\.0\.attn\.", r"\1object_attention."),
+            (r"^transformer\.encoder\.(layers\.\d+\.)attentions\.1\.", r"\1attention."),
+            (r"^transformer\.encoder\.(layers\.\d+\.)norm2\.", r"\1object_norm."),
+        )
+    }
+    published_unused = (r"^(transformer\.encoder\.)?enhance_MCSP",)  # the class head once more
 
     def __init__(
         self,

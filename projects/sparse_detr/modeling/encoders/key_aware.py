@@ -8,6 +8,8 @@ it has looked at are worth reading.
 
 from __future__ import annotations
 
+__all__ = ["KeyAwareDeformAttn"]
+
 from torch import Tensor, nn
 
 from ...kernels import key_aware_deform_attn, key_aware_weights, sampling_locations

@@ -8,6 +8,8 @@ end the low-level ones do so too, with a smaller feed-forward network.
 
 from __future__ import annotations
 
+__all__ = ["LiteEncoder", "LiteEncoderLayer"]
+
 import copy
 
 import torch
@@ -75,6 +77,15 @@ class LiteEncoder(Encoder):
             low-level tokens from the high-level ones already refreshed.
     """
 
+    published_names = {
+        "authors": (
+            (r"^transformer\.encoder\.(layers\.\d+\.)linear([12])2\.", r"\1low_ffn.linear\2."),
+            (r"^transformer\.encoder\.(layers\.\d+\.)norm22\.", r"\1low_ffn.norm."),
+        )
+    }
+    # Published key-unaware attention has query projections that it never calls.
+    published_unused = (r"attention\.query_proj\.",)
+
     def __init__(
         self,
         *,
@@ -113,6 +124,13 @@ class LiteEncoder(Encoder):
         for index, each in enumerate(self.layers):
             if not self.is_global(index):
                 each.low_ffn = None
+
+    def published_notes(self) -> list[str]:
+        return [
+            f"model.transformer.encoder.num_high_levels={self.num_high_levels} comes from the config, the "
+            "weights do not tell: published checkpoints named H3L1 (s3) have 3, H2L2 (s2) have 2; a wrong "
+            "value loads without an error and costs AP"
+        ]
 
     def is_global(self, index: int) -> bool:
         """Whether layer ``index`` refreshes all tokens, not only the high-level ones."""

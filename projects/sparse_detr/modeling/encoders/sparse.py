@@ -8,6 +8,8 @@ the encoder layers help gradients through them (Sec. 3.4).
 
 from __future__ import annotations
 
+__all__ = ["SparseEncoder"]
+
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,6 +53,9 @@ class SparseEncoder(Encoder):
     """
 
     needs_proposal_head = True
+    training_only = ("heads",)
+    published_names = {"authors": ((r"^transformer\.enc_mask_predictor\.", "scorer."),)}
+    published_heads = "heads"
 
     def __init__(
         self,
