@@ -12,4 +12,5 @@ from ..common.fine_tune import data, dataloader, lr_multiplier, optimizer, train
 from ..deformable_detr.deformable_detr_r50_two_stage_50ep import model
 
 model.num_classes = None  # read from data.train_json
+model.exact_sizes = True
 train.output_dir = "./output/custom/deformable_detr_r50"

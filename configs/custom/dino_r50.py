@@ -13,5 +13,6 @@ from ..common.fine_tune import data, dataloader, lr_multiplier, train
 from ..dino.dino_r50_4scale_12ep import model, optimizer
 
 model.num_classes = None  # read from data.train_json
+model.exact_sizes = True
 optimizer.lr = 5e-5  # half of the published rate
 train.output_dir = "./output/custom/dino_r50"

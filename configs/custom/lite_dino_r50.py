@@ -12,5 +12,6 @@ from ..common.fine_tune import data, dataloader, lr_multiplier, train
 from ..lite_detr.lite_dino_r50_h3l1_2p1x3_36ep import model, optimizer
 
 model.num_classes = None  # read from data.train_json
+model.exact_sizes = True
 optimizer.lr = 5e-5  # half of the published rate
 train.output_dir = "./output/custom/lite_dino_r50"

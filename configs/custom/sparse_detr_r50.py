@@ -12,4 +12,5 @@ from ..common.fine_tune import data, dataloader, lr_multiplier, optimizer, train
 from ..sparse_detr.sparse_detr_r50_30_50ep import model
 
 model.num_classes = None  # read from data.train_json
+model.exact_sizes = True
 train.output_dir = "./output/custom/sparse_detr_r50"

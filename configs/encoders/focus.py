@@ -33,4 +33,5 @@ encoder = L(FocusEncoder)(
     strides=[8, 16, 32, 64],
     size_ranges=[[-1, 64], [64, 128], [128, 256], [256, 999999]],
     loss_weight=1.5,
+    mask_padding="${model.exact_sizes}",
 )

@@ -26,5 +26,5 @@ encoder = L(SparseEncoder)(
     auxiliary_heads=True,
     loss_weight=1.0,
     scoring="attention_map",  # or "objectness"
-    mask_padding=False,
+    mask_padding="${model.exact_sizes}",
 )

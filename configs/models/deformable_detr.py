@@ -79,4 +79,6 @@ model = L(DeformableDETR)(
         weight_giou=2.0,
     ),
     max_detections=100,
+    exact_sizes=False,  # True: docs/reference_points.md; the published checkpoints need False
+    pad_features="${model.exact_sizes}",
 )

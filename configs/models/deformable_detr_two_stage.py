@@ -21,7 +21,10 @@ model.transformer.proposal_head = L(ProposalHead)(
     class_agnostic=True,
 )
 model.transformer.query_selection = L(ProposalQueries)(
-    embed_dim="${model.transformer.embed_dim}", num_queries=300, content_from_memory=False
+    embed_dim="${model.transformer.embed_dim}",
+    num_queries=300,
+    content_from_memory=False,
+    skip_invalid="${model.exact_sizes}",
 )
 
 efficient = copy.deepcopy(model)

@@ -66,7 +66,10 @@ model = L(DINO)(
             embed_dim="${model.transformer.embed_dim}", num_classes="${model.num_classes}"
         ),
         query_selection=L(MixedQueries)(
-            embed_dim="${model.transformer.embed_dim}", num_queries=900, learned_content=True
+            embed_dim="${model.transformer.embed_dim}",
+            num_queries=900,
+            learned_content=True,
+            skip_invalid="${model.exact_sizes}",
         ),
         denoising=L(ContrastiveDenoising)(
             embed_dim="${model.transformer.embed_dim}",
@@ -105,6 +108,8 @@ model = L(DINO)(
         giou_eps=1e-6,
     ),
     max_detections=300,
+    exact_sizes=False,  # True: docs/reference_points.md; the published checkpoints need False
+    pad_features="${model.exact_sizes}",
 )
 model.backbone.freeze_at = 1  # the stem only
 

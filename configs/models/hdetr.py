@@ -19,6 +19,7 @@ model.transformer.query_selection = L(HybridQueries)(
     embed_dim="${model.transformer.embed_dim}",
     num_queries=300,
     num_one_to_many=1500,
+    skip_invalid="${model.exact_sizes}",
     repeat=6,
     weight=1.0,
 )

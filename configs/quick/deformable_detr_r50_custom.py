@@ -15,6 +15,7 @@ from ..models.deformable_detr_two_stage import efficient as model
 
 model.backbone = resnet50_msra.backbone
 model.num_classes = None  # read from the annotations
+model.exact_sizes = True
 model.update(msra_input)
 model.transformer.encoder.num_layers = 3
 model.transformer.decoder.num_layers = 3

@@ -34,6 +34,7 @@ model.backbone = L(ResNet)(
     freeze_at=0,
 )
 model.num_classes = 5
+model.exact_sizes = True
 model.neck.in_channels = [64, 128, 256]
 model.transformer.embed_dim = 96
 model.transformer.num_levels = 3

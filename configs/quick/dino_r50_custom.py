@@ -6,6 +6,7 @@ from .deformable_detr_r50_custom import data, dataloader, lr_multiplier, optimiz
 
 model.backbone = resnet50_msra.backbone
 model.num_classes = None  # read from the annotations
+model.exact_sizes = True
 model.update(msra_input)
 model.transformer.encoder.num_layers = 3
 model.transformer.decoder.num_layers = 3
