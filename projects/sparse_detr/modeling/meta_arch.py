@@ -12,6 +12,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, detector_postprocess
 from detectron2.structures import ImageList
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config import from_yacs
 from ..errors import UserError
@@ -67,6 +68,11 @@ class SetDetector(nn.Module):
             raise ValueError(
                 f"model.num_classes={num_classes} but the heads have "
                 f"{transformer.heads.num_classes} classes: let them refer to ${{model.num_classes}}"
+            )
+        if pad_features and any(isinstance(m, _BatchNorm) for m in [*backbone.modules(), *neck.modules()]):
+            raise ValueError(
+                "model.pad_features=True computes a batch image by image, and the backbone's batch norms "
+                "would see one image at a time: freeze them (norm=FrozenBN) or set model.pad_features=False"
             )
         fold_frozen_norms(backbone)
         self.backbone = backbone
