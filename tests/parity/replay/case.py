@@ -116,6 +116,11 @@ class Case:
         """Whether the case has all of these arrays: it may leave out any."""
         return all(name in self.arrays for name in names)
 
+    @property
+    def num_detections(self) -> int:
+        """How many per image the case stores in ``post_*``; 0 if it has none."""
+        return next((x.shape[1] for name, x in self.arrays.items() if name.startswith("post_")), 0)
+
     def array(self, name: str) -> Tensor:
         """A stored array that is an input."""
         if name not in self.arrays:

@@ -200,7 +200,7 @@ def _compare_predictions(case: Case, model, output) -> None:
         case.compare("valid_token_nums", (~output.tokens.mask).sum(1))
     if output.encoded.predictions:
         _compare_encoder_predictions(case, output.encoded)
-    if case.stores("post_scores"):
+    if case.num_detections:
         _compare_detections(case, output)
 
 
@@ -224,7 +224,7 @@ def _compare_encoder_predictions(case: Case, encoded) -> None:
 
 
 def _compare_detections(case: Case, output) -> None:
-    k = case.arrays["post_scores"].shape[1]
+    k = case.num_detections
     scores, labels, boxes = top_detections(output.logits, output.boxes, k)
     sizes = [[float(x) for x in pair.split(",")] for pair in _pairs(case)]
     scale = boxes.new_tensor([[w, h, w, h] for h, w in sizes])

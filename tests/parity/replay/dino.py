@@ -153,7 +153,8 @@ def run(case: Case) -> None:
     model = build_model(case.config).to(case.dtype)
     # Only the last layer predicts in eval mode; cases from before that store all of them.
     training = case.meta["mode"] == "train"
-    model.train(training or len(case.arrays.get("pred_boxes_all", ())) > 1)
+    layers = max(len(case.arrays.get("pred_boxes_all", ())), 1 + len(case.arrays.get("aux_logits_q3", ())))
+    model.train(training or layers > 1)
     model.backbone.eval()
     state = convert(case, model)
     denoising = model.transformer.denoising

@@ -279,10 +279,8 @@ def _detection_body(case: Case, model) -> None:
     if len(decoded.boxes) > 1:
         _compare_strided(case, "aux_boxes", torch.stack(decoded.boxes[:-1]))
         _compare_strided(case, "aux_logits", torch.stack(decoded.logits[:-1]))
-    if case.stores("post_scores"):
-        scores, labels, boxes = top_detections(
-            output.logits, output.boxes, case.arrays["post_scores"].shape[1]
-        )
+    if case.num_detections:
+        scores, labels, boxes = top_detections(output.logits, output.boxes, case.num_detections)
         scale = boxes.new_tensor([[w, h, w, h] for h, w in case.meta["target_sizes"]])
         case.compare("post_scores", scores)
         if case.exact:  # the order of the detections is not protected
