@@ -15,14 +15,14 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 
 from ..config import config_path, resolve_classes, resolve_device
-from ..data.loader import TrainingBatchSampler, seed_everything
+from ..data.loader import seed_everything
 from ..errors import UserError
 from .best import BestCheckpoint
 from .checkpoint import Checkpointer, replacing
 from .checks import check_folder, check_model, check_own_data, check_periods, class_names, has_test_set
 from .ema import ModelEMA
 from .schedule import RunLength, build_lr_multiplier, build_optimizer
-from .trainer import Trainer, amp_dtype
+from .trainer import Trainer, amp_dtype, training_sampler
 from .writers import build_writers
 
 logger = logging.getLogger(__name__)
@@ -152,15 +152,14 @@ class TrainingData:
                     f"train.early_stop.patience={patience} needs a validation set to see progress on: "
                     "pass data.val_json=... and data.val_images=..., or patience=null"
                 )
-        sampler = getattr(self.loader, "batch_sampler", None)
-        known = isinstance(sampler, TrainingBatchSampler)
-        size, batch_size = (sampler.size, sampler.total_batch_size) if known else (None, None)
+        sampler = training_sampler(self.loader)
+        size, batch_size = (sampler.size, sampler.total_batch_size) if sampler else (None, None)
         self.run = RunLength.from_config(cfg.train, size, batch_size)
         epochs = self.run.max_iter / self.run.epoch_iters
         logger.info(
             "training for %d iterations%s; evaluation %s, checkpoint %s",
             self.run.max_iter,
-            f" ({epochs:.4g} epochs of {size} images in batches of {batch_size})" if known else "",
+            f" ({epochs:.4g} epochs of {size} images in batches of {batch_size})" if sampler else "",
             *(
                 f"every {period} iterations" if period else "at the end"
                 for period in (self.run.eval_period, self.run.checkpoint_period)
@@ -224,10 +223,10 @@ def _register_hooks(
         trainer.register_hooks([_PeriodicCheckpointer(checkpointer, period, max_to_keep=keep)])
 
     results: dict[str, dict[str, float]] = {}
-    if data.evaluation is not None:
+    if (evaluation := data.evaluation) is not None:
 
         def evaluate_now() -> dict[str, dict[str, float]]:
-            results.update(data.evaluation(evaluated))
+            results.update(evaluation(evaluated))
             return results
 
         trainer.register_hooks([hooks.EvalHook(run.eval_period, evaluate_now)])

@@ -31,6 +31,12 @@ def amp_dtype(enabled: bool, dtype: str, device: torch.device) -> torch.dtype | 
     return _AMP_DTYPES[dtype]
 
 
+def training_sampler(loader) -> TrainingBatchSampler | None:
+    """The sampler of a loader that ``build_train_loader`` has made; others tell less of themselves."""
+    sampler = getattr(loader, "batch_sampler", None)
+    return sampler if isinstance(sampler, TrainingBatchSampler) else None
+
+
 class StopTraining(BaseException):
     """Raised by a hook to end a run in good order; the message says why.
 
@@ -104,8 +110,7 @@ class Trainer(SimpleTrainer):
 
     @property
     def _sampler(self) -> TrainingBatchSampler | None:
-        sampler = getattr(self.data_loader, "batch_sampler", None)
-        return sampler if isinstance(sampler, TrainingBatchSampler) else None
+        return training_sampler(self.data_loader)
 
     def run_step(self) -> None:
         assert self.model.training, "the model was left in eval mode"

@@ -79,7 +79,7 @@ class Encoder(nn.Module):
     # By family of names ("authors" or "detrex"): regular expression -> name within this encoder
     published_names: Mapping[str, Sequence[tuple[str, str]]] = {}
     published_unused: tuple[str, ...] = ()  # expressions of names that a model need not have
-    published_heads = ""  # child that has the heads published behind those of the proposals
+    published_heads = "heads"  # child, if any, whose heads are published behind those of the proposals
 
     def __init__(self):
         super().__init__()

@@ -55,7 +55,6 @@ class SparseEncoder(Encoder):
     needs_proposal_head = True
     training_only = ("heads",)
     published_names = {"authors": ((r"^transformer\.enc_mask_predictor\.", "scorer."),)}
-    published_heads = "heads"
 
     def __init__(
         self,
