@@ -147,6 +147,28 @@ def test_initial_weights_leave_the_trainer_alone(tmp_path):
     assert loader.model.head.bias.tolist() == [3, 3] and counter.value == 0
 
 
+@pytest.mark.parametrize("fine_tune", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_other_reference_points_than_in_training_are_told(tmp_path, caplog, trained, fine_tune):
+    class Detector(nn.Module):
+        def __init__(self, exact_sizes):
+            super().__init__()
+            self.transformer = nn.Linear(4, 2)
+            self.exact_sizes = exact_sizes
+
+    Checkpointer(Detector(trained), str(tmp_path)).save("model")
+    path = str(tmp_path / "model.pth")
+    for exact in (False, True):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            Checkpointer(Detector(exact), fine_tune=fine_tune).load(path)
+        told = [record for record in caplog.records if "exact_sizes=" in record.getMessage()]
+        assert len(told) == (exact != trained)
+        if told:
+            assert told[0].levelname == ("INFO" if fine_tune else "WARNING")
+            assert f"exact_sizes={exact if fine_tune else trained}" in told[0].getMessage()
+
+
 def test_a_missing_file_is_named(tmp_path):
     loader, _ = checkpointer(tmp_path)
     with pytest.raises(ValueError, match="weights: there is no file .*/gone.pth"):

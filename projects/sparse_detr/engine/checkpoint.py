@@ -70,6 +70,8 @@ class Checkpointer(DetectionCheckpointer):
         data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()}, **kwargs)
         if self.class_names is not None:
             data["class_names"] = list(self.class_names)
+        if hasattr(self.model, "exact_sizes"):
+            data["exact_sizes"] = self.model.exact_sizes
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
         try:
@@ -181,6 +183,8 @@ class Checkpointer(DetectionCheckpointer):
             self._check_names(checkpoint.get("class_names"))
         if problem := resnet_mismatch(self.model, checkpoint.get("__author__")):
             self.logger.warning(problem)
+        if any(name.startswith("transformer.") for name in checkpoint["model"]):
+            self._tell_sizes(checkpoint.get("exact_sizes", False))
         loaded = super()._load_model(checkpoint)
         missing = {*loaded.missing_keys, *(name for name, *_ in loaded.incorrect_shapes)}
         self._check_missing(missing)
@@ -188,6 +192,25 @@ class Checkpointer(DetectionCheckpointer):
             self.logger.info("the weights are a backbone's: the rest of the model starts anew")
             loaded.missing_keys.clear()  # said in one line
         return loaded
+
+    def _tell_sizes(self, trained_exact: bool) -> None:
+        """Says so where a detector's weights were trained with other reference points."""
+        exact = getattr(self.model, "exact_sizes", trained_exact)
+        if exact == trained_exact:
+            return
+        before, now = ("as published", "exact") if exact else ("exact", "as published")
+        if self.fine_tune:
+            self.logger.info(
+                "trained with %s sizes, fine-tuning with %s ones (model.exact_sizes=%s)", before, now, exact
+            )
+        else:
+            self.logger.warning(
+                "the weights were trained with sizes %s, and the model takes them %s: results will be worse; "
+                "set model.exact_sizes=%s (docs/reference_points.md)",
+                before,
+                now,
+                trained_exact,
+            )
 
     def _renamed(self, weights: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
         """The weights under the model's names, and whose kind of ResNet they hold, if known."""
