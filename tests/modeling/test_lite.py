@@ -53,8 +53,8 @@ def tokens(shapes=SHAPES, batch=2, seed=0, grow=(0, 0)):
         masks[-1][:, :h, :w] = False
         maps.append(torch.randn(batch, 2 * WIDTH, *size).double())
         maps[-1][:, :, :h, :w] = part
-    ratios = torch.tensor([[w / v, h / u] for (h, w), (u, v) in zip(shapes, padded)]).double()
-    ratios = ratios.expand(batch, -1, -1)
+    ratios = [[w / v, h / u] for (h, w), (u, v) in zip(shapes, padded)]
+    ratios = torch.tensor(ratios, dtype=torch.float64).expand(batch, -1, -1)
     features, position = flatten_levels(maps).chunk(2, dim=-1)
     return Tokens(
         features=features,
