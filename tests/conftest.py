@@ -5,9 +5,11 @@ import os
 import random
 import shutil
 
-# Workers of pytest-xdist share the cores; before torch is imported, and for what the tests start.
+# Workers of pytest-xdist share the cores; before torch is imported, and for what the tests start. Where
+# more threads are asked for, one that waits must not keep a core from the others.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
