@@ -3,9 +3,6 @@
 VENV ?= .venv
 PYTHON ?= $(shell test -x '$(VENV)/bin/python' && echo '$(VENV)/bin/python' || echo python3)
 
-# The tests work on small tensors: more threads than this only cost time on machines with many cores.
-test: export OMP_NUM_THREADS ?= 2
-
 .PHONY: help install demo test lint clean
 .DEFAULT_GOAL := help
 
@@ -25,7 +22,7 @@ demo: install
 	@'$(VENV)/bin/python' tools/demo_quick.py
 
 test: install
-	@'$(VENV)/bin/python' -m pytest -q --durations=10
+	@'$(VENV)/bin/python' -m pytest -q --durations=10 -n auto --maxprocesses=8 --dist=worksteal
 
 # The linters have a small environment of their own, so that their pins never meet yours.
 LINT := $(VENV)/lint

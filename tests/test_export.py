@@ -9,7 +9,7 @@ from detectron2.config import instantiate
 
 from sparse_detr import export
 from sparse_detr.config import get_config
-from sparse_detr.kernels import op
+from sparse_detr.kernels import build, op
 from sparse_detr.modeling import build_swin
 
 from .modeling.tiny import shrink
@@ -70,7 +70,7 @@ def test_one_exported_program_serves_all_sizes(method):
     program = export.export_program(detector, TRACED)
     assert_same(program.module(), detector, (TRACED, *OTHERS))
     attention = [n for n in program.graph.nodes if str(n.target).startswith(op.NAMESPACE)]
-    assert attention, "deformable attention should stay one op"
+    assert bool(attention) != build.is_unavailable("cpu"), "deformable attention should stay one op"
 
 
 def test_one_compiled_graph_serves_all_sizes():

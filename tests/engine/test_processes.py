@@ -54,15 +54,23 @@ def test_two_processes_do_what_one_does_with_the_joint_batch(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
     one.mkdir()
-    engine.train(load(data, one))
+    cfg = load(data, one)
+    engine.train(cfg)
     alone, together = metrics(one), metrics(two)
+    single, double = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64))
     for iteration in range(3):
         for key in [k for k in alone[iteration] if "loss" in k or k == "grad_norm"]:
-            assert together[iteration][key] == pytest.approx(alone[iteration][key], rel=5e-4), key
+            # logged in float32: rounded once per part, process and mean
+            assert together[iteration][key] == pytest.approx(alone[iteration][key], rel=4 * single), key
+    # A gradient, of norm max_norm at most, is a sum over no more than the batch's pixels; where it is
+    # small, Adam divides its error by eps. (The weights move by 3 lr.)
+    terms = 4 * 64 * 64
+    error = terms * double * cfg.train.clip_grad.max_norm / 1e-8 * cfg.optimizer.lr * cfg.train.max_iter
+    assert error < 1e-3 * cfg.optimizer.lr
     first, second = (torch.load(f / "model_final.pth", weights_only=True) for f in (one, two))
     for part in ("model", "model_ema"):
         for name, weight in first[part].items():
-            torch.testing.assert_close(second[part][name], weight, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(second[part][name], weight, rtol=0, atol=error)
 
     # The evaluation: every image once, and what one process finds with these weights.
     gathered = detections(two)
@@ -70,7 +78,15 @@ def test_two_processes_do_what_one_does_with_the_joint_batch(tmp_path):
     cfg = load(data, one)
     cfg.train.init_checkpoint = str(two / "model_final.pth")
     results = engine.evaluate(cfg)["bbox"]
-    assert detections(one) == gathered
+    expected = detections(one)
+    assert len(gathered) == len(expected)
+    for found, wanted in zip(gathered, expected):
+        assert found.keys() == wanted.keys()
+        for key in ("image_id", "category_id"):
+            assert found[key] == wanted[key]
+        assert found["score"] == pytest.approx(wanted["score"], rel=terms * double)
+        # detectron2 keeps boxes in float32; width and height are differences of coordinates up to 64
+        assert found["bbox"] == pytest.approx(wanted["bbox"], abs=2 * 64 * single)
     for name in ("AP", "AP50", "AP75"):
         assert together[3][f"bbox/{name}"] == results[name]
 

@@ -4,14 +4,14 @@ import shutil
 
 import pytest
 
-from .cuda_on_cpu import CudaOnCpu, build
+from .cuda_on_cpu import CudaOnCpu, build, load
 
 
 @pytest.fixture(scope="session")
-def libraries(tmp_path_factory):
+def libraries(once):
     if shutil.which("c++") is None and shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
-    return build(tmp_path_factory.mktemp("cuda_on_cpu"))
+    return load(once("cuda_on_cpu", build))
 
 
 @pytest.fixture(scope="session")

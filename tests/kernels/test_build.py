@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ import pytest
 import torch
 
 from sparse_detr.kernels import build
+
+from .forked import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,6 +39,14 @@ print("result", out[0, 0, 0].item(), build.status("cpu").backend)
 """
 
 
+# Does what c++ does, and remembers the object of the source above: the tests below compile it often.
+COMPILER = """#!/bin/sh
+case "$*" in *" -c {source} "*) ;; *) exec c++ "$@" ;; esac
+[ -f {memory}/kernel.o ] && exec cp {memory}/kernel.o .
+c++ "$@" && cp kernel.o {memory}/$$.o && mv {memory}/$$.o {memory}/kernel.o
+"""
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("csrc")
@@ -46,38 +55,36 @@ def sources(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def compiler(sources):
+    script = sources / "c++"
+    script.write_text(COMPILER.format(source=sources / "cpu" / "kernel.cpp", memory=sources))
+    script.chmod(0o755)
+    return str(script)
+
+
+def environment_of(folder, **changes):
+    """The tests' own, but for what decides where and how operators are built."""
+    decisive = ("SPARSE_DETR_OPS", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME", "CXX")
+    env = {k: v for k, v in os.environ.items() if k not in decisive}
+    env.update({"SPARSE_DETR_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", **changes})
+    return {k: v for k, v in env.items() if v}
+
+
 @pytest.fixture
-def call(sources, tmp_path):
-    """Starts a process that uses the operator; returns its Popen."""
+def call(sources, compiler, tmp_path):
+    """Starts a process that uses the operator."""
 
     def start(code=CALL, **environment):
-        env = {
-            k: v
-            for k, v in os.environ.items()
-            if k not in ("SPARSE_DETR_OPS", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME", "CXX")
-        }
-        env.update(
-            PYTHONPATH=str(ROOT / "projects"),
-            SPARSE_DETR_CACHE=str(tmp_path / "cache"),
-            OMP_NUM_THREADS="1",
-            PYTHONWARNINGS="default",
-        )
-        env.update(environment)
-        return subprocess.Popen(
-            [sys.executable, "-c", code, str(sources)],
-            env={k: v for k, v in env.items() if v},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        env = environment_of(tmp_path, **{"CXX": compiler, **environment})
+        return Forked(code, [str(sources)], env, tmp_path)
 
     return start
 
 
-def finish(process, timeout=240):
-    out, err = process.communicate(timeout=timeout)
-    assert process.returncode == 0, err
+def finish(process):
+    status, out, err = process.finish()
+    assert status == 0, err
     return out.strip().splitlines()[-1], err
 
 
@@ -88,26 +95,27 @@ def scratch(cache):
 COMPILED, REFERENCE = "result 42.0 cpp-cpu", "result 1.0 reference"
 
 
-def test_eight_processes_starting_at_once_build_it_once(call, tmp_path):
+def test_eight_processes_starting_at_once_build_it_once(call, sources, compiler, tmp_path):
     processes = [call() for _ in range(8)]
     results = [finish(process) for process in processes]
     assert [line for line, _ in results] == [COMPILED] * 8
     assert sum("built in" in err for _, err in results) == 1
     assert len(list((tmp_path / "cache").rglob("*.so"))) == 1
     assert not scratch(tmp_path / "cache")
-    # And the next one finds it there.
-    line, err = finish(call())
-    assert line == COMPILED and "building" not in err
+    # And the next one finds it there: started by hand, not by the tests' server.
+    env = environment_of(tmp_path, CXX=compiler, PYTHONPATH=str(ROOT / "projects"))
+    command = [sys.executable, "-c", CALL, str(sources)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == COMPILED and "building" not in done.stderr
 
 
 def test_a_build_killed_half_way_is_done_again(call, tmp_path):
-    first = call()
+    first = call(CXX="")  # a compiler that takes its time
     deadline = time.monotonic() + 120
     while not any(list(p.iterdir()) for p in scratch(tmp_path / "cache")):
-        assert first.poll() is None and time.monotonic() < deadline
+        assert first.alive() and time.monotonic() < deadline
         time.sleep(0.02)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.communicate()
+    first.kill()
     assert scratch(tmp_path / "cache") and not list((tmp_path / "cache").rglob("*.so"))
     line, _ = finish(call())
     assert line == COMPILED
@@ -122,22 +130,14 @@ def test_a_home_that_cannot_be_written(call, tmp_path):
 
 
 def test_a_private_folder_that_others_can_write_is_not_trusted(call, tmp_path):
-    process = call(
-        code="from sparse_detr.kernels import build; print(build.cache_dir())",
-        SPARSE_DETR_CACHE="",
-        HOME="/dev/null/home",
-        TMPDIR=str(tmp_path),
-    )
-    folder = Path(finish(process)[0])
+    def ask():
+        code = "from sparse_detr.kernels import build; print(build.cache_dir())"
+        return call(code=code, SPARSE_DETR_CACHE="", HOME="/dev/null/home", TMPDIR=str(tmp_path))
+
+    folder = Path(finish(ask())[0])
     folder.chmod(0o777)
-    process = call(
-        code="from sparse_detr.kernels import build; print(build.cache_dir())",
-        SPARSE_DETR_CACHE="",
-        HOME="/dev/null/home",
-        TMPDIR=str(tmp_path),
-    )
-    _, err = process.communicate()
-    assert process.returncode and "set SPARSE_DETR_CACHE" in err
+    status, _, err = ask().finish()
+    assert status and "set SPARSE_DETR_CACHE" in err
 
 
 def test_no_compiler_means_plain_pytorch_and_one_warning(call):
@@ -211,9 +211,8 @@ def test_a_compiler_that_fails_means_plain_pytorch_and_its_message(call, sources
 
 
 def test_a_demanded_operator_that_cannot_be_built_is_an_error(call):
-    process = call(CXX="/nonexistent/c++", SPARSE_DETR_OPS="cpu")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode and "BuildError: no C++ compiler" in err
+    status, _, err = call(CXX="/nonexistent/c++", SPARSE_DETR_OPS="cpu").finish()
+    assert status and "BuildError: no C++ compiler" in err
 
 
 def test_reference_mode_builds_nothing(call, tmp_path):
@@ -223,9 +222,8 @@ def test_reference_mode_builds_nothing(call, tmp_path):
 
 
 def test_an_unknown_mode_is_refused(call):
-    process = call(SPARSE_DETR_OPS="gpu")
-    _, err = process.communicate(timeout=120)
-    assert "SPARSE_DETR_OPS='gpu' is not one of auto, reference, cpu, cuda" in err
+    status, _, err = call(SPARSE_DETR_OPS="gpu").finish()
+    assert status and "SPARSE_DETR_OPS='gpu' is not one of auto, reference, cpu, cuda" in err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -2,9 +2,6 @@
 
 import itertools
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,13 +18,15 @@ from sparse_detr.kernels import (
     status,
 )
 
+from .forked import Forked
+
 SHAPES = ((7, 5), (4, 3), (2, 2), (1, 3), (3, 1))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
     found = status("cpu", load=True)
-    if "no C++ compiler" in found.reason:
+    if "no C++ compiler" in found.reason or "OPS=reference" in found.reason:
         pytest.skip(found.reason)
     assert found.backend == "cpp-cpu", found.reason
 
@@ -381,17 +380,15 @@ def test_fvcore_counts_the_operators_with_our_handles(operator, macs):
     assert counts.total() == 10 * macs * 4096
 
 
-def test_the_folder_can_be_imported_under_two_names():
+def test_the_folder_can_be_imported_under_two_names(tmp_path):
     code = (
         "import sys, importlib.util as u, sparse_detr.kernels as k; "
         "spec = u.spec_from_file_location('other', k.__file__); "
         "sys.modules['other'] = u.module_from_spec(spec); "
         "spec.loader.exec_module(sys.modules['other']); print(sys.modules['other'].status)"
     )
-    root = Path(__file__).resolve().parents[2]
-    env = {**os.environ, "PYTHONPATH": str(root / "projects")}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    status, _, err = Forked(code, [], dict(os.environ), tmp_path).finish()
+    assert status == 0, err
 
 
 def test_compiled_graphs_hold_the_operator():

@@ -53,7 +53,7 @@ def tokens(shapes=SHAPES, batch=2, seed=0, grow=(0, 0)):
         masks[-1][:, :h, :w] = False
         maps.append(torch.randn(batch, 2 * WIDTH, *size).double())
         maps[-1][:, :, :h, :w] = part
-    extents = torch.tensor([[w, h] for h, w in shapes]).double().expand(batch, -1, -1)
+    extents = torch.tensor([[w, h] for h, w in shapes], dtype=torch.float64).expand(batch, -1, -1)
     features, position = flatten_levels(maps).chunk(2, dim=-1)
     return Tokens(
         features=features,

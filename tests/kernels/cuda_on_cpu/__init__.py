@@ -21,8 +21,11 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # enum D
 GUARD = 256  # numbers; keeps 16-byte alignment for every dtype
 
 
-def build(folder: Path) -> tuple[ctypes.CDLL, ctypes.CDLL]:
-    """The kernels compiled for the CPU as if for sm_90; and the same with backwards for sm_80."""
+LIBRARIES = "cuda_on_cpu_90.so", "cuda_on_cpu_80.so"
+
+
+def build(folder: Path) -> None:
+    """``LIBRARIES``: the kernels compiled for the CPU as if for sm_90, with backwards for sm_80."""
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         raise FileNotFoundError("no C++ compiler")
@@ -53,11 +56,10 @@ def build(folder: Path) -> tuple[ctypes.CDLL, ctypes.CDLL]:
         )
         return target
 
-    def link(objects: list[Path], name: str) -> ctypes.CDLL:
+    def link(objects: list[Path], name: str) -> None:
         # Symbols stay local: the two libraries define the same ones.
-        library = folder / name
-        subprocess.run([compiler, "-shared", "-Wl,-Bsymbolic", *objects, "-o", library], check=True)
-        return ctypes.CDLL(str(library), mode=ctypes.RTLD_LOCAL)
+        command = [compiler, "-shared", "-Wl,-Bsymbolic", *objects, "-o", folder / name]
+        subprocess.run(command, check=True)
 
     backwards = sorted(CSRC.glob("backward*.cu"))
     others = [*sorted(set(CSRC.glob("*.cu")) - set(backwards)), HERE / "entry.cpp"]
@@ -66,7 +68,13 @@ def build(folder: Path) -> tuple[ctypes.CDLL, ctypes.CDLL]:
         objects = list(pool.map(lambda job: compile(*job), jobs))
     of_90, of_80 = objects[: len(backwards)], objects[-len(backwards) :]
     rest = objects[len(backwards) : -len(backwards)]
-    return link([*of_90, *rest], "cuda_on_cpu_90.so"), link([*of_80, *rest], "cuda_on_cpu_80.so")
+    for objects, name in zip((of_90, of_80), LIBRARIES, strict=True):
+        link([*objects, *rest], name)
+
+
+def load(folder: Path) -> tuple[ctypes.CDLL, ...]:
+    """What ``build`` has put there."""
+    return tuple(ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_LOCAL) for name in LIBRARIES)
 
 
 class _Sizes(ctypes.Structure):
