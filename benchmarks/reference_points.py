@@ -127,7 +127,7 @@ def draw(models: dict[str, SetDetector], path: str, width: int = 150) -> None:
     figure.savefig(path, dpi=110)
 
 
-def receptive_field(size: int = 512, channels: int = 32, draws: int = 4) -> str:
+def receptive_field(size: int = 384, mixes: int = 3, draws: int = 2) -> str:
     """Centre of mass of the pixels that one cell in the middle of each map depends on.
 
     Convolutions with stride 2 and padding 1 put cell j around pixel j * stride; ``(j + .5) * stride`` is
@@ -142,7 +142,7 @@ def receptive_field(size: int = 512, channels: int = 32, draws: int = 4) -> str:
         maps = model.neck([maps[name] for name in model.in_features])
         for level, x in enumerate(maps):
             j = x.shape[-1] // 2
-            signs = torch.randn(channels, x.shape[1]).sign()
+            signs = torch.randn(mixes, x.shape[1]).sign()
             mass = torch.zeros(size)
             for sign in signs:
                 (grad,) = torch.autograd.grad((x[0, :, j, j] * sign).sum(), image, retain_graph=True)

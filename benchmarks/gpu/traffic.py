@@ -13,7 +13,7 @@ kernels/csrc/cuda/aggregate.cuh; each of 32 groups may cut a run, which is inclu
 all sorted: the same if it sorted every level, not only those that fit its counters.
 
 Queries are all tokens, in 8x8 tiles, or with --kept a share of them as a list in several orders, of
-which modeling/tokens.py:visiting_order makes one. Lists are drawn twice: "boxes", where a token's
+which modeling/selection.py:visiting_order makes one. Lists are drawn twice: "boxes", where a token's
 score is how deep it lies in one of some random boxes, plus noise; and "uniform".
 """
 
