@@ -21,7 +21,7 @@ demo: install
 	@'$(VENV)/bin/python' tools/demo_quick.py
 
 test: install
-	@'$(VENV)/bin/python' -m pytest -q --durations=10 -n auto --maxprocesses=8 --dist=worksteal
+	@'$(VENV)/bin/python' -m pytest -q --durations=10 -n auto --maxprocesses=4 --dist=worksteal
 
 clean:
 	rm -rf build dist projects/*.egg-info .pytest_cache .ruff_cache
