@@ -22,7 +22,7 @@ demo: install
 	@'$(VENV)/bin/python' tools/demo_quick.py
 
 test: install
-	@'$(VENV)/bin/python' -m pytest -q --durations=10 -n auto --maxprocesses=8 --dist=worksteal
+	@'$(VENV)/bin/python' -m pytest -q --durations=10 -n auto --maxprocesses=4 --dist=worksteal
 
 # The linters have a small environment of their own, so that their pins never meet yours.
 LINT := $(VENV)/lint
