@@ -23,8 +23,8 @@ from detectron2.config import CfgNode, instantiate
 from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
 
-from . import modeling  # noqa: F401  registers the architectures
 from .config import from_yacs
+from .modeling import SetDetector  # the import registers the architectures
 
 
 def add_sparse_detr_config(cfg: CfgNode) -> None:
@@ -48,14 +48,15 @@ def add_sparse_detr_config(cfg: CfgNode) -> None:
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
 
 
-def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(cfg: CfgNode, model: SetDetector) -> torch.optim.Optimizer:
     """The optimizer of the model's LazyConfig (AdamW, less for the backbone) with ``cfg.SOLVER``'s
     learning rate, weight decay and gradient clipping.
 
     ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` may be "full_model": the norm over all parameters, as the
     published models are trained. detectron2's "norm" clips each parameter by itself.
     """
-    recipe = from_yacs(cfg, getattr(model, "module", model).default_config).optimizer
+    detector: SetDetector = getattr(model, "module", model)  # DistributedDataParallel's
+    recipe = from_yacs(cfg, detector.default_config).optimizer
     recipe.params.model = model
     optimizer = instantiate(recipe)
     clip = cfg.SOLVER.CLIP_GRADIENTS

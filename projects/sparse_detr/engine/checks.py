@@ -2,13 +2,13 @@
 
 import os
 
-import torch
 from detectron2.data import MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
 
 from ..data.check import check_data
 from ..data.register import check_classes
 from ..errors import UserError
+from ..modeling.meta_arch import SetDetector
 from .checkpoint import run_checkpoints
 
 
@@ -41,8 +41,10 @@ def check_periods(train: DictConfig) -> None:
 
 def check_own_data(cfg: DictConfig, *splits: str) -> None:
     """``check_data`` for configs with a ``data`` section like ``common/data/custom.py``'s."""
-    data = cfg.get("data") or {}
-    files = {}
+    data = cfg.get("data")
+    if not data:
+        return
+    files: dict[str, tuple[str, str]] = {}
     for split in splits:
         json_file, images = data.get(f"{split}_json"), data.get(f"{split}_images")
         if bool(json_file) != bool(images):
@@ -53,7 +55,7 @@ def check_own_data(cfg: DictConfig, *splits: str) -> None:
         check_data(**files)
 
 
-def check_model(model: torch.nn.Module, cfg: DictConfig, *splits: str) -> None:
+def check_model(model: SetDetector, cfg: DictConfig, *splits: str) -> None:
     """The model against the splits' data, which have been loaded: classes and order of channels."""
     names = [name for split in splits for name in _dataset_names(cfg, split)]
     check_classes(model.num_classes, *names, expected=OmegaConf.select(cfg, "data.classes"))

@@ -9,13 +9,14 @@ silently: the report lists what was left out and why, what is missing and what i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..modeling.meta_arch import SetDetector
 
 # detectron2's COCO category ids in contiguous order: row k of an 80-class head is category
 # COCO_CATEGORY_IDS[k] of the 91 rows of the published heads.
@@ -28,6 +29,7 @@ _POSITION_TEMPERATURES = {
 }
 
 Rule = tuple[str, str]
+Split = Callable[[Tensor], list[tuple[str, Tensor]]]  # one tensor to several, with their names
 
 # torchvision's ResNet, as the original repositories wrap it.
 _RESNET: list[Rule] = [
@@ -137,7 +139,7 @@ def detect_family(keys: Mapping[str, object]) -> str | None:
 
 
 def convert_state_dict(
-    state_dict: Mapping[str, Tensor], model: nn.Module
+    state_dict: Mapping[str, Tensor], model: SetDetector
 ) -> tuple[dict[str, Tensor], ConversionReport]:
     """Rename and reshape a published ``state_dict`` for ``model``.
 
@@ -161,7 +163,7 @@ def convert_state_dict(
         if target is None:
             report.ignored[key] = "a second name of a shared head"
             continue
-        for new_key, value in target(tensor) if callable(target) else [(target, tensor)]:
+        for new_key, value in [(target, tensor)] if isinstance(target, str) else target(tensor):
             if new_key in renamed and not torch.equal(renamed[new_key], value):
                 raise UserError(
                     f"{key} and another key both become {new_key} but differ: the model shares "
@@ -202,8 +204,8 @@ def _apply(rules: list[Rule], key: str) -> str:
     return key
 
 
-def _rename(key: str, naming: str, model: nn.Module) -> object:
-    """The new name, a function from the tensor to (name, tensor) pairs, or None to drop."""
+def _rename(key: str, naming: str, model: SetDetector) -> str | Split | None:
+    """The new name, how to split the tensor, or None to drop it."""
     if re.match(r"transformer\.(encoder|decoder)\.(class|bbox)_embed\.", key):
         return None
     if match := re.match(r"(class|bbox)_embed\.(\d+)\.(.*)", key):
@@ -220,7 +222,7 @@ def _rename(key: str, naming: str, model: nn.Module) -> object:
     return _apply(_RULES[naming], key)
 
 
-def _head_name(kind: str, index: int, rest: str, model: nn.Module) -> str:
+def _head_name(kind: str, index: int, rest: str, model: SetDetector) -> str:
     """Where head ``index`` of the published per-layer lists lives.
 
     Decoder layers come first, then the proposals' head, then those behind the encoder's layers.
@@ -246,7 +248,7 @@ def _split_query_embed(weight: Tensor) -> list[tuple[str, Tensor]]:
 def _fit_classes(
     renamed: dict[str, Tensor],
     expected: Mapping[str, Tensor],
-    model: nn.Module,
+    model: SetDetector,
     report: ConversionReport,
 ) -> dict[str, Tensor]:
     """Pick the rows of 91-way heads (one per COCO category id) for an 80-class model."""
@@ -257,7 +259,8 @@ def _fit_classes(
         extra = int(value.shape[0] == 92)  # denoising labels end with one that is never drawn
         if value.shape[0] == 91 + extra and expected[key].shape[0] in (80, 80 + extra):
             rows = torch.tensor(COCO_CATEGORY_IDS + [91])[: expected[key].shape[0]]
-            if "proposal_head" in key and model.transformer.proposal_head.class_agnostic:
+            head = model.transformer.proposal_head
+            if "proposal_head" in key and head is not None and head.class_agnostic:
                 rows[0] = 0  # the foreground score
             out[key] = value[rows]
             report.notes.append(f"{key}: {value.shape[0]} rows by category id -> {len(rows)}")

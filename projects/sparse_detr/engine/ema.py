@@ -1,6 +1,7 @@
 """An exponential moving average of the weights: what is evaluated, and usually a little better."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from detectron2.engine import HookBase
@@ -40,7 +41,9 @@ class ModelEMA(HookBase):
     def after_step(self) -> None:
         self.average.update_parameters(self._model)
 
-    def _update(self, averages: list, weights: list, _: torch.Tensor) -> None:
+    def _update(
+        self, averages: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], _: torch.Tensor | int
+    ) -> None:
         updates = self.average.n_averaged.item()  # on the CPU, unlike the argument
         grown = 1 - math.exp(-updates / self.warmup) if self.warmup else 1.0
         get_ema_multi_avg_fn(self.decay * grown)(averages, weights, updates)

@@ -83,7 +83,7 @@ def resnet_mismatch(model: nn.Module, origin: str | None) -> str:
             files: stride in the 1x1 convolution, BGR); others are not known.
     """
     block = next(iter(getattr(getattr(model, "backbone", None), "res3", ())), None)
-    if not hasattr(block, "conv3") or origin not in ("torchvision", "Caffe2"):
+    if block is None or not hasattr(block, "conv3") or origin not in ("torchvision", "Caffe2"):
         return ""
     built = "Caffe2" if max(block.conv1.stride) == 2 else "torchvision"
     return (

@@ -87,14 +87,16 @@ def started_process(environ: Mapping[str, str]) -> dict[str, str] | None:
         return {name: environ[name] for name in _TORCHRUN}
     if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
         return None
-    first_host = re.match(r"(?:[^,\[]|\[[^]]*\])+", environ["SLURM_STEP_NODELIST"])[0]
+    first_host = re.match(r"(?:[^,\[]|\[[^]]*\])+", environ["SLURM_STEP_NODELIST"])
+    first_tasks = re.match(r"\d+", environ["SLURM_STEP_TASKS_PER_NODE"])
+    assert first_host and first_tasks
     return {
         "RANK": environ["SLURM_PROCID"],
         "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": environ["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": re.match(r"\d+", environ["SLURM_STEP_TASKS_PER_NODE"])[0],
+        "LOCAL_WORLD_SIZE": first_tasks[0],
         # "gpu[03-05,7],login1" -> "gpu03"
-        "MASTER_ADDR": environ.get("MASTER_ADDR", re.sub(r"\[(\d+)[^]]*\]", r"\1", first_host)),
+        "MASTER_ADDR": environ.get("MASTER_ADDR", re.sub(r"\[(\d+)[^]]*\]", r"\1", first_host[0])),
         # the same in all tasks of a job, rarely that of another job
         "MASTER_PORT": environ.get("MASTER_PORT", str(20000 + int(environ["SLURM_JOB_ID"]) % 20000)),
     }

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..config import config_path, resolve_classes, resolve_device
 from ..data.loader import seed_everything
 from ..errors import UserError
+from ..modeling.meta_arch import SetDetector
 from .best import BestCheckpoint
 from .checkpoint import Checkpointer, replacing
 from .checks import check_folder, check_model, check_own_data, check_periods, class_names, has_test_set
@@ -167,7 +168,7 @@ class TrainingData:
         )
 
 
-def _build_model(cfg: DictConfig, *splits: str) -> torch.nn.Module:
+def _build_model(cfg: DictConfig, *splits: str) -> SetDetector:
     """The model on its device; the splits' data, loaded by now, must be what it takes."""
     device = resolve_device(cfg.train.device, "train.device")
     if cfg.train.seed >= 0:
@@ -242,6 +243,7 @@ def _register_hooks(
 
     if main:
         wandb = OmegaConf.to_container(train.wandb.params) if train.wandb.enabled else None
+        assert wandb is None or isinstance(wandb, dict)
         writers = build_writers(train.output_dir, run.max_iter, run.epoch_iters, wandb)
         trainer.register_hooks([hooks.PeriodicWriter(writers, train.log_period)])
     return results

@@ -156,7 +156,7 @@ def build_optimizer(config: DictConfig, model: torch.nn.Module) -> torch.optim.O
         optimizer = instantiate(config)
     finally:
         config.params.pop("model")
-    groups = Counter()
+    groups: Counter[tuple[float, float]] = Counter()
     for group in optimizer.param_groups:
         groups[group["lr"], group["weight_decay"]] += sum(p.numel() for p in group["params"])
     for (lr, weight_decay), count in sorted(groups.items(), reverse=True):

@@ -127,7 +127,9 @@ class Trainer(SimpleTrainer):
         for index, part in enumerate(parts):
             with self._sync(index == len(parts) - 1):
                 losses.append(self._forward(part, BatchPart(num_objects, len(parts))))
-                self.grad_scaler.scale(sum(losses[-1].values()) / len(parts)).backward()
+                loss = sum(losses[-1].values()) / len(parts)
+                assert isinstance(loss, torch.Tensor), "the model returned no losses"
+                self.grad_scaler.scale(loss).backward()
         self.after_backward()
         self.grad_scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -274,7 +276,7 @@ class Trainer(SimpleTrainer):
 
     def _put_back(self, settings: list[dict]) -> None:
         """Undoes what loading did to the groups' settings; the log says where they differ."""
-        changes = {}
+        changes: dict[str, None] = {}
         for group, own in zip(self.optimizer.param_groups, settings):
             stored = _settings(group)
             if missing := own.keys() - stored.keys():
