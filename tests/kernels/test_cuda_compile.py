@@ -29,22 +29,16 @@ needs_disassembler = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
+def compiled(once):
     """The report on every kernel, and the folder of the object files."""
-    folder = tmp_path_factory.mktemp("cuda")
-    command = [
-        sys.executable,
-        ROOT / "benchmarks" / "cuda_report.py",
-        "--arch",
-        "80",
-        "90",
-        "--objects",
-        folder,
-        "--json",
-        folder / "report.json",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+
+    def compile_all(folder):
+        script = ROOT / "benchmarks" / "cuda_report.py"
+        command = [sys.executable, script, "--arch", "80", "90", "--objects", folder]
+        done = subprocess.run([*command, "--json", folder / "report.json"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    folder = once("cuda", compile_all)
     kernels = json.loads((folder / "report.json").read_text())
     assert len(kernels) > 200
     return [cuda_report.Kernel(**k) for k in kernels], folder
