@@ -35,6 +35,7 @@ model.backbone = L(ResNet)(
 )
 model.num_classes = 5
 model.exact_sizes = True
+model.pad_features = False  # its batch norms learn from whole batches
 model.neck.in_channels = [64, 128, 256]
 model.transformer.embed_dim = 96
 model.transformer.num_levels = 3

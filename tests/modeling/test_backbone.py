@@ -11,7 +11,7 @@ from torchvision.models import resnet50
 
 from sparse_detr.config import get_config
 from sparse_detr.engine.convert import convert_state_dict
-from sparse_detr.modeling import build_dilated_resnet, build_swin
+from sparse_detr.modeling import Encoder, build_dilated_resnet, build_swin
 from sparse_detr.modeling.backbone import FrozenNormConv2d, fold_frozen_norms
 
 
@@ -22,7 +22,7 @@ class _Wrapped(torch.nn.Module):
         super().__init__()
         self.backbone = backbone
         self.transformer = torch.nn.Module()
-        self.transformer.encoder = torch.nn.Module()
+        self.transformer.encoder = Encoder()
 
 
 @pytest.mark.parametrize("dilated", [False, True])

@@ -200,9 +200,7 @@ class Checkpointer(DetectionCheckpointer):
             return
         before, now = ("as published", "exact") if exact else ("exact", "as published")
         if self.fine_tune:
-            self.logger.info(
-                "trained with %s sizes, fine-tuning with %s ones (model.exact_sizes=%s)", before, now, exact
-            )
+            self.logger.info("sizes: trained %s, from now on %s (model.exact_sizes=%s)", before, now, exact)
         else:
             self.logger.warning(
                 "the weights were trained with sizes %s, and the model takes them %s: results will be worse; "
