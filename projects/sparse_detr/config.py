@@ -141,8 +141,8 @@ def resolve_classes(cfg: DictConfig) -> None:
         UserError: there is no file to read them from, or ``model.num_classes`` was given and is
             another number.
     """
-    data = cfg.get("data") or {}
-    if "classes" not in data:
+    data = cfg.get("data")
+    if not data or "classes" not in data:
         return
     source = data.train_json or data.val_json
     given = cfg.model.num_classes
@@ -283,7 +283,7 @@ def _other_kind(cfg: DictConfig, key: str, value: object) -> str | None:
     if isinstance(now, bool) and not isinstance(value, bool):
         return "is true or false"
     if isinstance(now, DictConfig) and not isinstance(value, Mapping | None):
-        return f"is a section: set one of its keys, {key}.{next(iter(now), 'key')}=..., or null"
+        return f"is a section: set one of its keys, {key}.{next(iter(now), 'key')!s}=..., or null"
     if isinstance(now, ListConfig) and not isinstance(value, list | None):
         return f"is a list: write [{value}]"
     return None
@@ -334,7 +334,7 @@ def _all_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
     for name in dict.fromkeys([*node.keys(), *_arguments(node)]):
         if name == "_target_":
             continue
-        yield f"{prefix}{name}"
+        yield f"{prefix}{name!s}"
         child = node._get_node(name) if name in node.keys() else None
         if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
-            yield from _all_keys(child, f"{prefix}{name}.")
+            yield from _all_keys(child, f"{prefix}{name!s}.")

@@ -55,7 +55,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` may be "full_model": the norm over all parameters, as the
     published models are trained. detectron2's "norm" clips each parameter by itself.
     """
-    recipe = from_yacs(cfg, getattr(model, "module", model).default_config).optimizer
+    detector = getattr(model, "module", model)  # DistributedDataParallel's
+    recipe = from_yacs(cfg, getattr(detector, "default_config", "")).optimizer
     recipe.params.model = model
     optimizer = instantiate(recipe)
     clip = cfg.SOLVER.CLIP_GRADIENTS
