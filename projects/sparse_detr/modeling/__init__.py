@@ -5,7 +5,7 @@ from .backbone import build_dilated_resnet, build_swin
 from .criterion import Predictions, SetCriterion
 from .decoder import DecoderOutput, DeformableDecoder, DeformableDecoderLayer
 from .denoising import ContrastiveDenoising
-from .encoder import DeformableEncoderLayer, DenseEncoder, Encoder, EncoderOutput
+from .encoder import DeformableEncoderLayer, DenseEncoder, Encoder, EncoderLayer, EncoderOutput
 from .encoders import *  # noqa: F403  all encoders
 from .encoders import __all__ as _encoders
 from .heads import DetectionHeads
@@ -31,6 +31,7 @@ __all__ = [
     "DetectionHeads",
     "DetectionTransformer",
     "Encoder",
+    "EncoderLayer",
     "EncoderOutput",
     "FocusDETR",
     "HungarianMatcher",

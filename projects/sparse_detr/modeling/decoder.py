@@ -161,7 +161,7 @@ class DeformableDecoder(nn.Module):
                 state = x if self.norm is None else self.norm(x)
                 out.states.append(state)
                 out.logits.append(heads.classify(index, state))
-                if self.refine and predicts_refined:
+                if predicts_refined and refined is not None:
                     out.boxes.append(refined)
                 else:
                     out.boxes.append(self._offset(heads.regress(index, state), base))
@@ -174,6 +174,7 @@ class DeformableDecoder(nn.Module):
         """(B, Q, C), where needed from the (B, Q, 2 or 4) references; published: in [0, 1] of the padded
         level 0, so that a query's code depends on its image's batch."""
         if self.position_mlp is None:
+            assert queries.position is not None, "these queries need position_from_reference=True"
             return queries.position
         code = box_code(reference, self.num_feats, order=(1, 0, 2, 3))  # (B, Q, 2 * C)
         return self.position_mlp(code.to(x.dtype))

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .heads import DetectionHeads
 from .layers import FFN, TransformerLayer, clone_layers
-from .selection import TokenRange, TokenSet
+from .selection import ChosenTokens, TokenRange, TokenSet
 from .tokens import LevelShapes, Tokens
 
 if TYPE_CHECKING:
     from .decoder import DecoderOutput
     from .matcher import Target
     from .proposals import ProposalHead
+
+Steps = Iterable[tuple[nn.Module, ChosenTokens]]  # layers, each with the tokens that it refreshes
 
 
 @dataclass
@@ -45,7 +47,7 @@ class EncoderOutput:
     scores: Tensor | None = None
     predictions: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    intermediate: dict[str, object] = field(default_factory=dict)
+    intermediate: dict[str, Any] = field(default_factory=dict)
 
     @property
     def selected(self) -> Tensor | None:
@@ -55,6 +57,7 @@ class EncoderOutput:
     @property
     def selected_mask(self) -> Tensor:
         """(B, K) bool, True for the entries of ``selected`` that are the image's own."""
+        assert self.kept is not None
         rank = torch.arange(self.kept.ranked.shape[1], device=self.kept.budgets.device)
         return rank < self.kept.budgets[:, None]
 
@@ -88,7 +91,7 @@ class Encoder(nn.Module):
     def forward(self, tokens: Tokens, proposal_head: ProposalHead | None = None) -> EncoderOutput:
         """Refresh ``tokens``, those that ``steps`` names, layer by layer."""
         encoded = EncoderOutput(memory=tokens.features)
-        x = chosen = None
+        x, chosen = tokens.features, None
         for index, (layer, part) in enumerate(self.steps(tokens, proposal_head, encoded)):
             if part is not chosen:
                 chosen, x = part, part.gather(encoded.memory)  # (B, K, C)
@@ -102,9 +105,7 @@ class Encoder(nn.Module):
                 encoded.predictions[f"_enc_{index}"] = self.heads.classify(index, x), boxes
         return encoded
 
-    def steps(
-        self, tokens: Tokens, proposal_head: ProposalHead | None, encoded: EncoderOutput
-    ) -> Iterable[tuple[nn.Module, TokenRange | TokenSet]]:
+    def steps(self, tokens: Tokens, proposal_head: ProposalHead | None, encoded: EncoderOutput) -> Steps:
         """Each layer, in order, with the tokens that it refreshes.
 
         Layers in a row with the same object pass the refreshed tokens on, also those beyond an
@@ -118,7 +119,7 @@ class Encoder(nn.Module):
         layer: nn.Module,
         x: Tensor,
         value: Tensor,
-        chosen: TokenRange | TokenSet,
+        chosen: ChosenTokens,
         tokens: Tokens,
         proposal_head: ProposalHead | None,
         encoded: EncoderOutput,
@@ -137,8 +138,8 @@ class Encoder(nn.Module):
         return {}
 
 
-class DeformableEncoderLayer(TransformerLayer):
-    """LayerNorm(x + attention), then LayerNorm(x + FFN): post-norm, Deformable DETR, Fig. 4."""
+class EncoderLayer(TransformerLayer):
+    """The two halves of an encoder layer, ``attend`` and ``ffn``: a method's layer puts them together."""
 
     def __init__(
         self, *, attention: nn.Module, embed_dim: int = 256, ffn_dim: int = 1024, dropout: float = 0.1
@@ -158,9 +159,13 @@ class DeformableEncoderLayer(TransformerLayer):
         shapes: LevelShapes,
         mask: Tensor | None,
     ) -> Tensor:
-        """The first half of the layer."""
+        """LayerNorm(x + attention); arguments as in ``DeformableEncoderLayer``."""
         attended, _ = self.attention(x + position, reference, value, shapes, mask)
         return self.norm(x + self.dropout(attended))
+
+
+class DeformableEncoderLayer(EncoderLayer):
+    """LayerNorm(x + attention), then LayerNorm(x + FFN): post-norm, Deformable DETR, Fig. 4."""
 
     def forward(
         self,
@@ -191,6 +196,6 @@ class DenseEncoder(Encoder):
         super().__init__()
         self.layers = clone_layers(layer, num_layers)
 
-    def steps(self, tokens, proposal_head, encoded):
+    def steps(self, tokens: Tokens, proposal_head: ProposalHead | None, encoded: EncoderOutput) -> Steps:
         everything = TokenRange(tokens)
         return [(layer, everything) for layer in self.layers]

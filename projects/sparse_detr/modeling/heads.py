@@ -11,7 +11,7 @@ import math
 
 from torch import Tensor, nn
 
-from .layers import MLP, at_least_float32
+from .layers import MLP, ModuleList, at_least_float32
 
 PRIOR_PROBABILITY = 0.01  # of any class at the start (RetinaNet, Sec. 4.1)
 
@@ -74,10 +74,10 @@ class DetectionHeads(nn.Module):
         self.num_layers = num_layers
         self.num_classes = num_classes
         count = 1 if share else num_layers
-        self.class_heads = nn.ModuleList(
+        self.class_heads = ModuleList(
             ClassHead(embed_dim=embed_dim, num_classes=num_classes) for _ in range(count)
         )
-        self.box_heads = nn.ModuleList(
+        self.box_heads = ModuleList(
             BoxHead(embed_dim=embed_dim, size_logit=size_logit if i == 0 else 0.0) for i in range(count)
         )
         self.init_weights()

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Generic, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+Module = TypeVar("Module", bound=nn.Module)
+
+if TYPE_CHECKING:
+
+    class ModuleList(nn.ModuleList, Generic[Module]):
+        """``nn.ModuleList``, for which type checkers know what it holds."""
+
+        def __init__(self, modules: Iterable[Module]): ...
+        @overload
+        def __getitem__(self, idx: slice) -> ModuleList[Module]: ...
+        @overload
+        def __getitem__(self, idx: int) -> Module: ...
+        def __getitem__(self, idx): ...
+        def __iter__(self) -> Iterator[Module]: ...
+
+else:
+    ModuleList = nn.ModuleList
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -108,9 +127,9 @@ class TransformerLayer(nn.Module):
         return super().__call__(*args, **kwargs)
 
 
-def clone_layers(layer: nn.Module, num_layers: int) -> nn.ModuleList:
+def clone_layers(layer: Module, num_layers: int) -> ModuleList[Module]:
     """``num_layers`` independent copies; the transformer draws their initial weights."""
-    return nn.ModuleList(copy.deepcopy(layer) for _ in range(num_layers))
+    return ModuleList(copy.deepcopy(layer) for _ in range(num_layers))
 
 
 class MLP(nn.Module):
@@ -119,7 +138,7 @@ class MLP(nn.Module):
     def __init__(self, *, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int):
         super().__init__()
         dims = [input_dim] + [hidden_dim] * (num_layers - 1) + [output_dim]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims[:-1], dims[1:]))
+        self.layers = ModuleList(nn.Linear(a, b) for a, b in zip(dims[:-1], dims[1:]))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
@@ -163,16 +182,17 @@ class ChannelMapper(nn.Module):
             convs.append(nn.Conv2d(channels, embed_dim, 3, stride=2, padding=1))
             channels = embed_dim
         self.num_inputs = len(in_channels)
-        self.convs = nn.ModuleList(convs)
-        self.norms = nn.ModuleList(nn.GroupNorm(num_groups, embed_dim) for _ in convs)
+        self.convs = ModuleList(convs)
+        self.norms = ModuleList(nn.GroupNorm(num_groups, embed_dim) for _ in convs)
         for conv in self.convs:
             nn.init.xavier_uniform_(conv.weight)
+            assert conv.bias is not None
             nn.init.zeros_(conv.bias)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """[(B, C_i, H_i, W_i)] -> [(B, embed_dim, H_l, W_l)], one per level."""
         assert len(maps) == self.num_inputs, f"{len(maps)} maps, expected {self.num_inputs}"
-        levels = []
+        levels: list[Tensor] = []
         for level, (conv, norm) in enumerate(zip(self.convs, self.norms)):
             if level < self.num_inputs:
                 source = maps[level]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable, instantiate
-from detectron2.modeling import META_ARCH_REGISTRY, detector_postprocess
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, detector_postprocess
 from detectron2.structures import ImageList
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
@@ -44,12 +44,14 @@ class SetDetector(nn.Module):
     """
 
     default_config = ""  # shipped config behind the yacs name, see ``from_config``
+    pixel_mean: Tensor  # (3, 1, 1)
+    pixel_std: Tensor  # (3, 1, 1)
 
     @configurable
     def __init__(
         self,
         *,
-        backbone: nn.Module,
+        backbone: Backbone,
         in_features: Sequence[str],
         neck: ChannelMapper,
         transformer: DetectionTransformer,
@@ -150,8 +152,8 @@ class SetDetector(nn.Module):
 
     def detect(self, images: ImageList, targets: list[Target] | None = None) -> TransformerOutput:
         """Everything between the normalised batch and the predictions."""
-        sizes = [tuple(size) for size in images.image_sizes]
-        padded = tuple(images.tensor.shape[-2:])
+        sizes = [(height, width) for height, width in images.image_sizes]
+        padded = images.tensor.shape[-2], images.tensor.shape[-1]
         if self.pad_features and any(size != sizes[0] for size in sizes[1:]):
             maps, masks = self._maps_of_each_size(images.tensor, sizes)
         else:
@@ -168,7 +170,8 @@ class SetDetector(nn.Module):
     ) -> TransformerOutput:
         """``detect`` from the backbone's maps (B, C_i, H_i, W_i) on."""
         maps = self.neck(features)
-        sizes, padded = [tuple(size) for size in image_sizes], tuple(padded_size)
+        sizes = [(height, width) for height, width in image_sizes]
+        padded = padded_size[0], padded_size[1]
         masks = self._masks(maps, sizes, padded)
         return self._transform(maps, masks, sizes, any(size != padded for size in sizes), targets)
 

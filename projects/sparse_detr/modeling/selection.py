@@ -6,6 +6,7 @@ What the encoders that refresh a part of the tokens share; a paper's own ranking
 from __future__ import annotations
 
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -63,11 +64,13 @@ def padding_last(scores: Tensor, tokens: Tokens, strict: bool) -> Tensor:
     return torch.where(tokens.mask, torch.finfo(scores.dtype).min if strict else scores.min(), scores)
 
 
-def promise_count(count: int, limit: int) -> None:
-    """Tells export tracers that ``1 <= count <= limit``, where ``count`` came out of a tensor."""
+def promise_count(item: float, limit: int) -> int:
+    """``item``, an int out of a tensor; tells export tracers that it lies in 1 to ``limit``."""
+    count = cast(int, item)  # int() would fix the number, which is a symbol in an export
     if not torch.jit.is_tracing():  # there, sizes are tensors, and nothing needs the promise
         torch._check(count >= 1)
         torch._check(count <= limit)
+    return count
 
 
 def token_budgets(tokens: Tokens, keep_ratio: float) -> tuple[Tensor, int]:
@@ -81,16 +84,13 @@ def token_budgets(tokens: Tokens, keep_ratio: float) -> tuple[Tensor, int]:
     """
     valid = torch.tensor(tokens.valid_counts)
     budgets = torch.minimum((valid.float() * keep_ratio).long() + 1, valid)
-    kept = budgets.max().item()
-    promise_count(kept, tokens.mask.shape[1])
+    kept = promise_count(budgets.max().item(), tokens.mask.shape[1])
     return budgets.to(tokens.mask.device, non_blocking=True), kept
 
 
 def share_of(count: int, ratio: float) -> int:
     """``int(ratio * count)`` rounded to float32, as published, but at least 1."""
-    share = torch.tensor(count).float().mul(ratio).long().clamp(min=1).item()
-    promise_count(share, count)
-    return share
+    return promise_count(torch.tensor(count).float().mul(ratio).long().clamp(min=1).item(), count)
 
 
 class TokenRange:
@@ -168,6 +168,9 @@ class TokenSet:
     def first(self, count: int, budgets: Tensor) -> TokenSet:
         """The best ``count`` of them, of which ``budgets`` (B,) are the images' own."""
         return TokenSet(self.tokens, self.ranked[:, :count], budgets, self.ranking)
+
+
+ChosenTokens = TokenRange | TokenSet  # what an encoder layer may refresh
 
 
 def keep_best(tokens: Tokens, scores: Tensor, keep_ratio: float, *, strict: bool = True) -> TokenSet:

@@ -103,7 +103,7 @@ class Tokens:
     @property
     def valid_counts(self) -> tuple[int, ...]:
         """Unpadded tokens of each image, as Python ints."""
-        return (~self.mask).sum(1).tolist() if self.counts is None else self.counts
+        return tuple((~self.mask).sum(1).tolist()) if self.counts is None else self.counts
 
     @property
     def level_starts(self) -> tuple[int, ...]:

@@ -78,10 +78,6 @@ class DetectionTransformer(nn.Module):
                     raise ValueError(
                         f"{type(part).__name__} needs a two-stage head: set model.transformer.proposal_head"
                     )
-        if share_proposal_heads and proposal_head is None:
-            raise ValueError(
-                "share_proposal_heads=True needs a two-stage head: set model.transformer.proposal_head"
-            )
         if query_selection.two_stage and not decoder.refine:
             if not share_proposal_heads:
                 raise ValueError(
@@ -97,6 +93,10 @@ class DetectionTransformer(nn.Module):
         self.heads = heads
         self.denoising = denoising
         if share_proposal_heads:
+            if proposal_head is None:
+                raise ValueError(
+                    "share_proposal_heads=True needs a two-stage head: set model.transformer.proposal_head"
+                )
             proposal_head.class_head = heads.class_heads[0]
             proposal_head.box_head = heads.box_heads[0]
         for module in self.modules():
@@ -112,8 +112,9 @@ class DetectionTransformer(nn.Module):
                     nn.init.xavier_uniform_(parameter)
         nn.init.normal_(self.level_embed)
         for module in reversed(list(self.modules())):  # parts first: their owner has the last word
-            if module is not self and hasattr(module, "init_weights"):
-                module.init_weights()
+            init_weights = getattr(module, "init_weights", None)
+            if module is not self and init_weights is not None:
+                init_weights()
 
     def forward(
         self,
@@ -180,7 +181,7 @@ class DetectionTransformer(nn.Module):
             features=features,
             position=torch.cat([code + e for code, e in zip(codes, self.level_embed)], dim=1),
             mask=flatten_levels(masks),
-            shapes=tuple(tuple(m.shape[-2:]) for m in maps),
+            shapes=tuple((m.shape[-2], m.shape[-1]) for m in maps),
             extents=extents,
             has_padding=has_padding,
             counts=counts,
@@ -201,6 +202,7 @@ class DetectionTransformer(nn.Module):
                     )
                 )
         if output.proposals is not None:
+            assert self.proposal_head is not None
             how = Assignment("_enc", class_agnostic=self.proposal_head.class_agnostic)
             sets.append(Predictions(output.proposals.logits, output.proposals.boxes, how))
         for suffix, (logits, boxes) in output.encoded.predictions.items():
@@ -214,7 +216,7 @@ def _valid_counts(masks: Sequence[Tensor], has_padding: bool) -> tuple[int, ...]
         return (sum(m[0].numel() for m in masks),) * masks[0].shape[0]
     if masks[0].device.type != "cpu":
         return None
-    return tuple(sum((~m).flatten(1).sum(1) for m in masks).tolist())
+    return tuple((~flatten_levels(masks)).sum(1).tolist())
 
 
 def _slices(groups: Sequence[QueryGroup]) -> list[slice]:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..encoder import DeformableEncoderLayer, Encoder, EncoderOutput
+from ..encoder import Encoder, EncoderLayer, EncoderOutput, Steps
 from ..layers import at_least_float32, clone_layers
-from ..selection import keep_best, share_of
+from ..selection import ChosenTokens, TokenSet, keep_best, share_of
 from ..tokens import LevelShapes, Tokens, gather_tokens, scatter_tokens
 from .foreground import (
     DISTANCES,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..proposals import ProposalHead
 
 
-class FocusEncoderLayer(DeformableEncoderLayer):
+class FocusEncoderLayer(EncoderLayer):
     """Self-attention among object tokens, then the deformable layer for all of its tokens."""
 
     def __init__(
@@ -74,7 +74,7 @@ class FocusEncoderLayer(DeformableEncoderLayer):
         )
         chosen = self.object_norm(chosen + self.dropout(mixed))
         x = scatter_tokens(x, objects, chosen)
-        return super().forward(x, position, reference, value, shapes, mask)
+        return self.ffn(self.attend(x, position, reference, value, shapes, mask))
 
 
 class FocusEncoder(Encoder):
@@ -163,8 +163,9 @@ class FocusEncoder(Encoder):
         self.running_value = running_value  # read by the loop
         self.mask_padding = mask_padding
 
-    def steps(self, tokens, proposal_head, encoded):
+    def steps(self, tokens: Tokens, proposal_head: ProposalHead | None, encoded: EncoderOutput) -> Steps:
         """Layer i refreshes the best ``layer_ratios[i]`` of the foreground (cascade)."""
+        assert proposal_head is not None
         projected = proposal_head.project(tokens.features + tokens.position, tokens.unproposed)
         mask = tokens.value_mask if self.mask_padding else None
         encoded.scores = self.foreground(projected, tokens, mask)  # (B, N)
@@ -178,8 +179,18 @@ class FocusEncoder(Encoder):
             steps.append((layer, encoded.kept.first(count, own)))
         return steps
 
-    def refresh(self, layer, x, value, chosen, tokens, proposal_head, encoded):
+    def refresh(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        value: Tensor,
+        chosen: ChosenTokens,
+        tokens: Tokens,
+        proposal_head: ProposalHead | None,
+        encoded: EncoderOutput,
+    ) -> Tensor:
         """Object tokens exchange information first, then all attend over ``value`` (dual attention)."""
+        assert isinstance(chosen, TokenSet) and proposal_head is not None
         own = chosen.own if self.mask_padding else None
         objects = self.objects(x, chosen.gather(chosen.ranking), own, proposal_head)  # (B, O)
         encoded.intermediate["objects"].append(chosen.index.gather(1, objects))
@@ -212,6 +223,7 @@ class FocusEncoder(Encoder):
         self, encoded: EncoderOutput, decoded: DecoderOutput, tokens: Tokens, targets: list[Target]
     ) -> dict[str, Tensor]:
         """``loss_foreground``, published as ``select_loss``; a mean over this process's images."""
+        assert encoded.scores is not None
         wanted = foreground_targets(
             pixel_boxes(targets), tokens.shapes, self.strides, self.size_ranges, self.distance
         )

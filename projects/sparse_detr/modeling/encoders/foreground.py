@@ -111,11 +111,11 @@ def foreground_targets(
     """
     # Both tests compare maxima over x and y: they factor into a row and a column part, and "any
     # box" is a product of boolean matrices instead of a (B, N, G) tensor.
-    boxes = pad_sequence(list(boxes), batch_first=True, padding_value=-1.0)  # (B, G, 4)
+    padded = pad_sequence(list(boxes), batch_first=True, padding_value=-1.0)  # (B, G, 4)
     targets = []
     for (height, width), stride, (low, high) in zip(shapes, strides, size_ranges):
-        holds_x, large_x = _along(boxes[..., 0::2], width, stride, low, high, distance)
-        holds_y, large_y = _along(boxes[..., 1::2], height, stride, low, high, distance)
+        holds_x, large_x = _along(padded[..., 0::2], width, stride, low, high, distance)
+        holds_y, large_y = _along(padded[..., 1::2], height, stride, low, high, distance)
         # (B, H, G) x (B, G, W): large enough along x, or along y
         count = holds_y @ (holds_x * large_x).mT + (holds_y * large_y) @ holds_x.mT
         targets.append((count > 0).flatten(1))  # (B, H_l * W_l)

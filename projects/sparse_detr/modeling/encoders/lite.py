@@ -11,14 +11,18 @@ from __future__ import annotations
 __all__ = ["LiteEncoder", "LiteEncoderLayer"]
 
 import copy
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..encoder import DeformableEncoderLayer, Encoder
+from ..encoder import DeformableEncoderLayer, Encoder, EncoderOutput, Steps
 from ..layers import FFN, clone_layers
-from ..selection import TokenRange
-from ..tokens import LevelShapes
+from ..selection import ChosenTokens, TokenRange
+from ..tokens import LevelShapes, Tokens
+
+if TYPE_CHECKING:
+    from ..proposals import ProposalHead
 
 
 class LiteEncoderLayer(DeformableEncoderLayer):
@@ -136,7 +140,7 @@ class LiteEncoder(Encoder):
         """Whether layer ``index`` refreshes all tokens, not only the high-level ones."""
         return self.low_layers is None and (index + 1) % self.layers_per_block == 0
 
-    def steps(self, tokens, proposal_head, encoded):
+    def steps(self, tokens: Tokens, proposal_head: ProposalHead | None, encoded: EncoderOutput) -> Steps:
         """Blocks of high-level updates, each closed by one that reaches the low levels (Fig. 2)."""
         num_low = tokens.level_starts[-self.num_high_levels]  # the finest level comes first
         everything, high = TokenRange(tokens), TokenRange(tokens, num_low)
@@ -148,7 +152,17 @@ class LiteEncoder(Encoder):
                 steps.append((self.low_layers[index // self.layers_per_block], low))
         return steps
 
-    def refresh(self, layer, x, value, chosen, tokens, proposal_head, encoded):
+    def refresh(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        value: Tensor,
+        chosen: ChosenTokens,
+        tokens: Tokens,
+        proposal_head: ProposalHead | None,
+        encoded: EncoderOutput,
+    ) -> Tensor:
+        assert isinstance(chosen, TokenRange)
         num_low = tokens.level_starts[-self.num_high_levels] if chosen.start == 0 else 0
         return layer(
             x,

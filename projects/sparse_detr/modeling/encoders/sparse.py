@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ...kernels import attention_map_splat
-from ..encoder import DeformableEncoderLayer, Encoder, EncoderOutput
+from ..encoder import DeformableEncoderLayer, Encoder, EncoderOutput, Steps
 from ..heads import DetectionHeads
 from ..layers import clone_layers
-from ..selection import TokenRange, TokenScorer, keep_best
+from ..selection import ChosenTokens, TokenRange, TokenScorer, keep_best
 from ..tokens import Tokens
 from .dam import attention_map_target, correspondence, scoring_loss
 
@@ -77,7 +77,7 @@ class SparseEncoder(Encoder):
         self.loss_weight = loss_weight
         self.mask_padding = mask_padding
         if keep_ratio is None:
-            self.scorer = None
+            self.scorer: TokenScorer | DetectionHeads | None = None
         elif scoring == "attention_map":
             self.scorer = TokenScorer(embed_dim=embed_dim)
         else:
@@ -102,27 +102,26 @@ class SparseEncoder(Encoder):
                 "built without one (keep_ratio=None); build it with a keep ratio"
             )
         self._keep_ratio = value
+        self.needs_decoder_samples = value is not None and self.scoring == "attention_map"
 
-    @property
-    def needs_decoder_samples(self) -> bool:
-        return self.keep_ratio is not None and self.scoring == "attention_map"
-
-    def steps(self, tokens, proposal_head, encoded):
+    def steps(self, tokens: Tokens, proposal_head: ProposalHead | None, encoded: EncoderOutput) -> Steps:
         """All layers refresh the same tokens: the best ``keep_ratio`` of each image."""
-        chosen = TokenRange(tokens)
+        chosen: ChosenTokens = TokenRange(tokens)
         if self.keep_ratio is not None:
+            assert proposal_head is not None
             encoded.scores = self.score(tokens, proposal_head, encoded)  # (B, N)
-            chosen = keep_best(tokens, encoded.scores, self.keep_ratio, strict=self.mask_padding)
-            encoded.kept = chosen
+            encoded.kept = keep_best(tokens, encoded.scores, self.keep_ratio, strict=self.mask_padding)
+            chosen = encoded.kept
         return [(layer, chosen) for layer in self.layers]
 
     def score(self, tokens: Tokens, proposal_head: ProposalHead, encoded: EncoderOutput) -> Tensor:
         """(B, N) logits that rank the tokens, padding at the lowest of the batch (Sec. 3.2)."""
         # paper: scores the backbone features; published code and here: their two-stage projection.
         projected = proposal_head.project(tokens.features + tokens.position, tokens.unproposed)
-        if self.scoring == "attention_map":
+        if isinstance(self.scorer, TokenScorer):
             scores = self.scorer(projected, tokens.value_mask if self.mask_padding else None)
         else:
+            assert self.scorer is not None
             logits = self.scorer.classify(0, projected)  # (B, N, num_classes)
             scores = logits.detach().amax(-1)
             if self.training:
@@ -139,6 +138,7 @@ class SparseEncoder(Encoder):
         """``loss_mask_prediction``: the scores against the decoder attention map of this step."""
         if not self.needs_decoder_samples:
             return {}
+        assert encoded.kept is not None and encoded.scores is not None
         attention_map = attention_map_splat(
             [layer.locations for layer in decoded.samples],
             [layer.weights for layer in decoded.samples],
@@ -147,7 +147,7 @@ class SparseEncoder(Encoder):
         target = attention_map_target(attention_map, tokens.mask, encoded.selected_mask)
         encoded.intermediate.update(attention_map=attention_map, target=target)
         # The share of the decoder's attention on the kept tokens, of all levels and of each.
-        shares = correspondence(attention_map, encoded.selected, tokens.shapes)
+        shares = correspondence(attention_map, encoded.kept.ranked, tokens.shapes)
         encoded.metrics.update({f"corr_mask_attn_map_dec_{name}": share for name, share in shares.items()})
         loss = scoring_loss(encoded.scores, target, tokens.mask if self.mask_padding else None)
         return {"loss_mask_prediction": self.loss_weight * loss}
