@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from sparse_detr.modeling import ContrastiveDenoising
 from sparse_detr.modeling.boxes import cxcywh_to_xyxy
 from sparse_detr.modeling.denoising import Noise
-from sparse_detr.modeling.matcher import Target
+from sparse_detr.modeling.matcher import Assignment, Target
 from sparse_detr.modeling.proposals import Queries, QueryGroup
 
 DIM, CLASSES, DETECTIONS = 8, 5, 6
@@ -32,7 +32,7 @@ def objects(*counts, seed=0):
 def detection_queries(batch, device="cpu", **kwargs):
     content = torch.randn(batch, DETECTIONS, DIM, device=device)
     reference = torch.rand(batch, DETECTIONS, 4, device=device)
-    return Queries(content, None, reference, [QueryGroup(DETECTIONS)], **kwargs)
+    return Queries(content, None, reference, [QueryGroup(DETECTIONS, Assignment())], **kwargs)
 
 
 @pytest.mark.parametrize(

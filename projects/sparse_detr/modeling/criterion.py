@@ -8,7 +8,7 @@ them is how objects are assigned.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ class Predictions:
 
     logits: Tensor
     boxes: Tensor
-    assignment: Assignment = Assignment()
+    assignment: Assignment = field(default_factory=Assignment)
 
 
 class SetCriterion(nn.Module):

@@ -61,7 +61,7 @@ class HybridQueries(ProposalQueries):
             # On images with fewer tokens than queries, the second group is what is left, or empty.
             first = min(self.num_queries, total)
             queries.groups = [
-                QueryGroup(first),
+                QueryGroup(first, Assignment()),
                 QueryGroup(total - first, Assignment("_one2many", repeat=self.repeat, weight=self.weight)),
             ]
             second = torch.arange(total, device=memory.device) >= first

@@ -42,7 +42,7 @@ class Matches:
     target: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class Assignment:
     """How objects are assigned to a set of predictions, and how its losses count.
 

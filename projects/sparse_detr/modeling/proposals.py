@@ -25,7 +25,7 @@ class QueryGroup:
     """
 
     size: int
-    assignment: Assignment = Assignment()
+    assignment: Assignment
 
 
 @dataclass
@@ -143,7 +143,7 @@ class LearnedQueries(QuerySelection):
         position = self.position.weight.expand(batch, -1, -1)  # (B, Q, C)
         content = self.content.weight.expand(batch, -1, -1)  # (B, Q, C)
         reference = at_least_float32(self.reference_points(position)).sigmoid()
-        return Queries(content, position, reference, [QueryGroup(self.num_queries)]), None
+        return Queries(content, position, reference, [QueryGroup(self.num_queries, Assignment())]), None
 
 
 class ProposalQueries(QuerySelection):
@@ -183,7 +183,7 @@ class ProposalQueries(QuerySelection):
             content = gather_tokens(memory, selected)
         else:
             position, content = position.chunk(2, dim=-1)
-        queries = Queries(content, position, reference, [QueryGroup(selected.shape[1])])
+        queries = Queries(content, position, reference, [QueryGroup(selected.shape[1], Assignment())])
         return queries, Proposals(logits, boxes.sigmoid(), selected)
 
 
@@ -218,5 +218,5 @@ class MixedQueries(QuerySelection):
             content = chosen.detach()
         else:
             content = self.content.weight[: selected.shape[1]].expand(memory.shape[0], -1, -1)
-        queries = Queries(content, None, boxes.detach(), [QueryGroup(selected.shape[1])])
+        queries = Queries(content, None, boxes.detach(), [QueryGroup(selected.shape[1], Assignment())])
         return queries, Proposals(logits, boxes, selected)

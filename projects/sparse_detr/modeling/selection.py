@@ -5,7 +5,6 @@ What the encoders that refresh a part of the tokens share; a paper's own ranking
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import cast
 
 import torch
@@ -123,35 +122,21 @@ class TokenSet:
         ranked: (B, K) int64, tokens of each image, best first.
         budgets: (B,) int64, how many of them are the image's own.
         ranking: (B, N), what they were ranked by.
+
+    Attributes:
+        order: (B, K) int64 ranks, in the order in which the tokens are visited.
+        index: (B, K) int64 tokens, in that order.
+        own: (B, K) bool, True for the image's own tokens; None where all are.
+        position, reference: (B, K, C) position codes and (B, K, L, 2) reference points.
     """
 
     def __init__(self, tokens: Tokens, ranked: Tensor, budgets: Tensor, ranking: Tensor):
         self.tokens, self.ranked, self.budgets, self.ranking = tokens, ranked, budgets, ranking
-
-    @cached_property
-    def order(self) -> Tensor:
-        """(B, K) int64 ranks, in the order in which the tokens are visited."""
-        return visiting_order(self.ranked, self.tokens)
-
-    @cached_property
-    def index(self) -> Tensor:
-        """(B, K) int64 tokens, in the order in which they are visited."""
-        return self.ranked.gather(1, self.order)
-
-    @cached_property
-    def own(self) -> Tensor | None:
-        """(B, K) bool, True for the image's own tokens; None where all are."""
-        return self.order < self.budgets[:, None] if self.tokens.has_padding else None
-
-    @cached_property
-    def position(self) -> Tensor:
-        """(B, K, C) position codes."""
-        return self.gather(self.tokens.position)
-
-    @cached_property
-    def reference(self) -> Tensor:
-        """(B, K, L, 2) reference points."""
-        return self.gather(self.tokens.reference_points)
+        self.order = visiting_order(ranked, tokens)
+        self.index = ranked.gather(1, self.order)
+        self.own = self.order < budgets[:, None] if tokens.has_padding else None
+        self.position = self.gather(tokens.position)
+        self.reference = self.gather(tokens.reference_points)
 
     def gather(self, x: Tensor) -> Tensor:
         """(B, N, ...) -> (B, K, ...)."""

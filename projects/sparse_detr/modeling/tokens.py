@@ -11,8 +11,6 @@ Source: Deformable DETR, Sec. 4.1 and App. A.4 (multi-scale feature maps, refere
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,11 +23,10 @@ BASE_SIZE = 0.05  # side of level 0's proposals, relative to the image; doubles 
 BORDER = 0.01  # proposals must lie in (BORDER, 1 - BORDER) in all four coordinates
 
 
-@dataclass(frozen=True)
 class Tokens:
     """The encoder's input: ``N = sum(H_l * W_l)`` tokens of ``L`` levels.
 
-    Attributes:
+    Args:
         features: (B, N, C) projected backbone features.
         position: (B, N, C) sine encoding of the cell plus the level embedding.
         mask: (B, N) bool, True on padding.
@@ -40,60 +37,47 @@ class Tokens:
         has_padding: False when no image of the batch is padded, known without looking at ``mask``.
         counts: unpadded tokens of each image, where that is known without waiting for the device.
         exact: ``extents`` are not rounded, and nothing geometric depends on the padded size.
+
+    Attributes:
+        valid_ratios: (B, L, 2) fraction (w, h) of each map that shows the image.
+        centres: (B, N, 2) centre of each token's cell in [0, 1] of the image; in the padding beyond 1.
+        reference_points: (B, N, L, 2) where each token looks first: its own centre, in [0, 1] of each
+            padded map.
+        proposals: (B, N, 4) each token's box before any head, cxcywh in logit space: its centre and
+            ``0.05 * 2^l`` as width and height; +inf for ``unproposed`` tokens.
+        unproposed: (B, N) bool, True on padding and where a coordinate of the box leaves (0.01, 0.99).
     """
 
-    features: Tensor
-    position: Tensor
-    mask: Tensor
-    shapes: LevelShapes
-    extents: Tensor
-    has_padding: bool
-    counts: tuple[int, ...] | None = None
-    exact: bool = False
+    def __init__(
+        self,
+        features: Tensor,
+        position: Tensor,
+        mask: Tensor,
+        shapes: LevelShapes,
+        extents: Tensor,
+        has_padding: bool,
+        counts: tuple[int, ...] | None = None,
+        exact: bool = False,
+    ):
+        self.features, self.position, self.mask = features, position, mask
+        self.shapes, self.extents = shapes, extents
+        self.has_padding, self.counts, self.exact = has_padding, counts, exact
 
-    @cached_property
+        self.valid_ratios = extents / level_sizes(shapes, extents)
+        levels = enumerate(cell_centres(shapes, extents))
+        self.centres = torch.cat([centres / extents[:, None, level] for level, centres in levels], dim=1)
+        self.reference_points = self.centres[:, :, None] * self.valid_ratios[:, None]
+
+        sizes = [extents.new_full((h * w, 2), BASE_SIZE * 2**level) for level, (h, w) in enumerate(shapes)]
+        box = torch.cat([self.centres, torch.cat(sizes).expand_as(self.centres)], dim=-1)  # (B, N, 4)
+        self.unproposed = ~((box > BORDER) & (box < 1 - BORDER)).all(-1) | mask
+        self.proposals = torch.log(box / (1 - box)).masked_fill(self.unproposed[..., None], float("inf"))
+
+    @property
     def valid_cells(self) -> Tensor:
         """(B, L, 2) number (w, h) of cells that show the image."""
         levels = zip(self.split_levels(self.mask), self.shapes)
         return valid_sizes([mask.unflatten(1, shape) for mask, shape in levels])
-
-    @cached_property
-    def valid_ratios(self) -> Tensor:
-        """(B, L, 2) fraction (w, h) of each map that shows the image."""
-        return self.extents / level_sizes(self.shapes, self.extents)
-
-    @cached_property
-    def centres(self) -> Tensor:
-        """(B, N, 2) centre of each token's cell in [0, 1] of the image; in the padding beyond 1."""
-        levels = cell_centres(self.shapes, self.extents)
-        return torch.cat(
-            [centres / self.extents[:, None, level] for level, centres in enumerate(levels)], dim=1
-        )
-
-    @cached_property
-    def reference_points(self) -> Tensor:
-        """(B, N, L, 2) where each token looks first: its own centre, in [0, 1] of each padded map."""
-        return self.centres[:, :, None] * self.valid_ratios[:, None]
-
-    @cached_property
-    def proposals(self) -> Tensor:
-        """(B, N, 4) each token's box before any head, cxcywh in logit space: its cell's centre and
-        ``0.05 * 2^l`` as width and height; +inf for ``unproposed`` tokens."""
-        box = self._boxes
-        return torch.log(box / (1 - box)).masked_fill(self.unproposed[..., None], float("inf"))
-
-    @cached_property
-    def unproposed(self) -> Tensor:
-        """(B, N) bool, True on padding and where a coordinate of the box leaves (0.01, 0.99)."""
-        return ~((self._boxes > BORDER) & (self._boxes < 1 - BORDER)).all(-1) | self.mask
-
-    @cached_property
-    def _boxes(self) -> Tensor:
-        sizes = [
-            self.centres.new_full((h * w, 2), BASE_SIZE * 2**level)
-            for level, (h, w) in enumerate(self.shapes)
-        ]
-        return torch.cat([self.centres, torch.cat(sizes).expand_as(self.centres)], dim=-1)  # (B, N, 4)
 
     @property
     def value_mask(self) -> Tensor | None:

@@ -13,7 +13,7 @@ from sparse_detr.config import get_config
 from sparse_detr.modeling import ContrastiveDenoising
 from sparse_detr.modeling.denoising import Noise
 from sparse_detr.modeling.encoders.foreground import foreground_loss, foreground_targets
-from sparse_detr.modeling.matcher import Target
+from sparse_detr.modeling.matcher import Assignment, Target
 from sparse_detr.modeling.postprocess import detections
 from sparse_detr.modeling.proposals import Queries, QueryGroup
 
@@ -112,7 +112,7 @@ def run_denoising(case: Case) -> None:
     size = config["num_queries"]
     content = torch.zeros(len(targets), size, config["embed_dim"], dtype=case.dtype)
     reference = torch.full((len(targets), size, 4), 0.5, dtype=case.dtype)
-    out = denoising(Queries(content, None, reference, [QueryGroup(size)]), targets)
+    out = denoising(Queries(content, None, reference, [QueryGroup(size, Assignment())]), targets)
     group = out.groups[0]
     if case.meta["dn_meta"] is None:
         case.decide("no denoising queries", group.size == 0 and out.attn_mask is None)
