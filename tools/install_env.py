@@ -28,7 +28,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements"
 FILES = [REQUIREMENTS / f"{name}.txt" for name in ("runtime", "detectron2-runtime", "dev")]
-IMPORT_NAMES = {"hydra-core": "hydra", "opencv-python-headless": "cv2", "pillow": "PIL"}
+IMPORT_NAMES = {
+    "hydra-core": "hydra",
+    "opencv-python-headless": "cv2",
+    "pillow": "PIL",
+    "pytest-xdist": "xdist",
+}
 
 
 def say(text):

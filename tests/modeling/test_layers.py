@@ -20,7 +20,7 @@ def test_sine_position_of_a_cell_follows_the_formula(offset):
     position = SinePosition(embed_dim=8, temperature=20.0, offset=offset)
     mask = torch.zeros(1, 3, 5, dtype=torch.bool)
     mask[:, :, 4] = True  # four valid columns
-    code = position(mask, torch.float64).view(3, 5, 8)
+    code = position(mask, torch.tensor([[4.0, 3.0]], dtype=torch.float64)).view(3, 5, 8)
     row, column = 1, 2
     y = (row + 1 + offset) / (3 + 1e-6) * 2 * math.pi
     x = (column + 1 + offset) / (4 + 1e-6) * 2 * math.pi
