@@ -1,8 +1,7 @@
 """*Shapes*: a small detection set in COCO format, drawn from a seed; nothing is downloaded.
 
-Five classes, each an outline; its hue is a hint and no more, since hues spread over half of the
-neighbours' (the nearest class's hue is right for 56 % of the objects). Backgrounds are cluttered
-and of muted colours. Objects are textured, rotated, squeezed, partly hidden by others
+Five classes, each an outline with a hue of its own that spreads into its neighbours'; backgrounds
+are cluttered and of muted colours. Objects are textured, rotated, squeezed, partly hidden by others
 or cut by the border, and span an order of magnitude in size; one image in fourteen holds none.
 Distractors (rings, bars, blobs, half discs; muted, or as vivid as an object) are not annotated.
 Boxes and areas are those of the visible pixels.
@@ -27,7 +26,7 @@ logger = logging.getLogger(__name__)
 CLASSES = ("disc", "triangle", "square", "star", "cross")
 DISTRACTORS = ("ring", "bar", "blob", "half disc")
 SPLITS = {"train": 800, "val": 128}  # images
-VERSION = 4  # of the drawing code: part of the reuse check below
+VERSION = 3  # of the drawing code: part of the reuse check below
 SUPERSAMPLING = 4
 
 
@@ -256,7 +255,7 @@ def _paint(
     behind = canvas[mask].mean(0)
     for _ in range(20):
         if kind >= 0:
-            colour = _vivid(rng, (kind + rng.normal(0, 0.7)) / len(CLASSES))
+            colour = _vivid(rng, (kind + rng.normal(0, 0.25)) / len(CLASSES))
         else:
             colour = _vivid(rng, rng.rand()) if rng.rand() < 0.25 else _muted(rng)
         if np.abs(colour - behind).max() > 70:
