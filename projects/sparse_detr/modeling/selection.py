@@ -168,13 +168,14 @@ def keep_best(tokens: Tokens, scores: Tensor, keep_ratio: float, *, strict: bool
     """
     ranking = padding_last(scores, tokens, strict)
     budgets, kept = token_budgets(tokens, keep_ratio)  # (B,), K
+    ordered = ranking
     if strict:
-        low = torch.finfo(ranking.dtype).min
-        ordered = torch.where(tokens.unproposed & ~tokens.mask, low / 2, ranking)
-        best = ordered.sort(dim=1, descending=True, stable=True).indices[:, :kept]
-    else:
-        best = ranking.topk(kept, dim=1).indices
-    return TokenSet(tokens, best, budgets, ranking)
+        size = ranking.shape[1]
+        # All different, so that no tie is decided by the rounding of equal scores.
+        place = torch.arange(size, dtype=ranking.dtype, device=ranking.device) / size
+        last = torch.finfo(ranking.dtype).min / 2 * (1 + place)
+        ordered = torch.where(tokens.unproposed & ~tokens.mask, last, ranking)
+    return TokenSet(tokens, ordered.topk(kept, dim=1).indices, budgets, ranking)
 
 
 def visiting_order(ranked: Tensor, tokens: Tokens) -> Tensor:
