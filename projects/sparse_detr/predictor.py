@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -62,6 +62,7 @@ class Predictor:
         class_names: of the classes that ``pred_classes`` counts; from the checkpoint or, if it has
             none, from the config or the config's test set if detectron2 knows it, else numbers.
         metadata: detectron2 ``Metadata`` with these names, for its ``Visualizer``.
+        input_format: "BGR", the order of channels that ``__call__`` takes, whatever the model's is.
         resizing: ``short_edge`` and ``max_size`` of the config's test set, in pixels.
 
     Raises:
@@ -72,6 +73,8 @@ class Predictor:
         predict = Predictor("output/my_run", threshold=0.5)
         instances = predict(cv2.imread("image.jpg"))["instances"]
     """
+
+    input_format: Final = "BGR"  # SAHI asks for it
 
     def __init__(
         self,

@@ -172,14 +172,8 @@ class Checkpointer(DetectionCheckpointer):
             del average["n_averaged"]  # the other names have the prefix "module."
             checkpoint["model"] = average
         if not checkpoint.get("matching_heuristics"):  # detectron2's, of names by their ends
-            weights = {k.removeprefix("module."): v for k, v in checkpoint["model"].items()}
-            weights, origin = self._renamed(weights)
+            weights, origin = self.fitted(checkpoint["model"], checkpoint.get("class_names"))
             checkpoint.update(model=weights, __author__=origin)
-            if self.fine_tune:
-                if done := adapt_classes(weights, self.model):
-                    self.logger.warning(done)
-            else:
-                self._check_shapes(weights, checkpoint.get("class_names"))
             self._check_names(checkpoint.get("class_names"))
         if problem := resnet_mismatch(self.model, checkpoint.get("__author__")):
             self.logger.warning(problem)
@@ -187,11 +181,27 @@ class Checkpointer(DetectionCheckpointer):
             self._tell_sizes(checkpoint.get("exact_sizes", False))
         loaded = super()._load_model(checkpoint)
         missing = {*loaded.missing_keys, *(name for name, *_ in loaded.incorrect_shapes)}
-        self._check_missing(missing)
+        self.check_missing(missing)
         if missing == {n for n in self.model.state_dict() if not n.startswith("backbone.")}:
             self.logger.info("the weights are a backbone's: the rest of the model starts anew")
             loaded.missing_keys.clear()  # said in one line
         return loaded
+
+    def fitted(
+        self, weights: dict[str, Any], class_names: list[str] | None = None
+    ) -> tuple[dict[str, Any], str | None]:
+        """``weights`` under the model's names and in its shapes, and whose kind of ResNet they hold,
+        if that is known.
+
+        Raises:
+            UserError: they have other shapes; or other classes, and no training is to start from them.
+        """
+        weights, origin = self._renamed({k.removeprefix("module."): v for k, v in weights.items()})
+        if not self.fine_tune:
+            self._check_shapes(weights, class_names)
+        elif done := adapt_classes(weights, self.model):
+            self.logger.warning(done)
+        return weights, origin
 
     def _tell_sizes(self, trained_exact: bool) -> None:
         """Says so where a detector's weights were trained with other reference points."""
@@ -264,7 +274,8 @@ class Checkpointer(DetectionCheckpointer):
             )
         self.logger.warning("fine-tuning for other classes, or in another order: %s", differ)
 
-    def _check_missing(self, missing: set[str]) -> None:
+    def check_missing(self, missing: set[str]) -> None:
+        """Raises a ``UserError`` where too much of the model would stay as it was initialised."""
         if not self.fine_tune:
             needed = sorted(name for name in missing if not name.startswith(training_only(self.model)))
             if needed:
@@ -275,9 +286,24 @@ class Checkpointer(DetectionCheckpointer):
                 )
         elif missing >= {name for name, _ in self.model.named_parameters()}:
             raise UserError(
-                "train.init_checkpoint: not one of its tensors fits the model, so training would "
-                "start from nothing; leave it empty if that is what you want"
+                "train.init_checkpoint (yacs: MODEL.WEIGHTS): not one of its tensors fits the model, so "
+                "training would start from nothing; leave it empty if that is what you want"
             )
+
+
+def fit_weights(model: nn.Module, weights: dict[str, Any]) -> None:
+    """Brings what detectron2's checkpointer loads, in place, to what ``Checkpointer`` would load.
+
+    A model in training mode is to be trained from the weights, another one is to predict with them.
+
+    Raises:
+        UserError: the weights are not the model's, or not all of them.
+    """
+    checkpointer = Checkpointer(model, fine_tune=model.training)
+    fitted, _ = checkpointer.fitted(weights)
+    checkpointer.check_missing(model.state_dict().keys() - fitted.keys())
+    weights.clear()
+    weights.update(fitted)
 
 
 def training_only(model: nn.Module) -> tuple[str, ...]:
