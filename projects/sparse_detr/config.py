@@ -301,7 +301,8 @@ def _config_root() -> str:
 def apply_overrides(cfg: DictConfig, overrides: Iterable[str]) -> None:
     """Applies "a.b=c" overrides in place; values follow Hydra's grammar: null, true, [1,2], {x: 1}.
 
-    A value that has a "/" and does not fit the grammar is a path, taken as it stands.
+    A value that has a "/" and does not fit the grammar is a path, taken as it stands. So is the value of
+    a key that is text or a path's, such as ``train.output_dir=2024``, whatever it looks like.
 
     Raises:
         UserError: an override cannot be read, names a key that the config does not have (with "did
@@ -312,6 +313,8 @@ def apply_overrides(cfg: DictConfig, overrides: Iterable[str]) -> None:
         key = override.key_or_group
         if override.is_delete():
             raise UserError(f"override {text!r}: deleting a key is not supported; set it to null")
+        if not isinstance(override.value(), str | list | Mapping | None) and _is_text(cfg, key):
+            override = _as_text(text)
         if not override.is_add():
             for name, value in _items(key, override.value()):
                 if not _accepts(cfg, name):
@@ -338,13 +341,28 @@ def _parse(text: str) -> Override:
     except Exception as error:  # Hydra's own exceptions differ between versions
         problem = f"expected path.key=value ({str(error).splitlines()[0]})"
     if "/" in value and value[0] not in "[{('\"":
-        path = QuotedString(os.path.expanduser(value), Quote.single).with_quotes()
         with contextlib.suppress(Exception):  # the key cannot be read either
-            return parser.parse_override(f"{key}={path}")
+            return _as_text(text)
     raise UserError(
         f"cannot read the override {text!r}: {problem}. A value with special characters is quoted "
         """twice, once for the shell: "path.key='a (b)'\""""
     )
+
+
+# Ends of the names of keys that hold files or folders, and may be None until they do.
+_PATH_KEY = re.compile(r"(^|_|\.)(dir|path|file|folder|root|images|json|checkpoint|weights)$")
+
+
+def _is_text(cfg: DictConfig, key: str) -> bool:
+    now = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
+    return isinstance(now, str) or (now is None and bool(_PATH_KEY.search(key)))
+
+
+def _as_text(text: str) -> Override:
+    """The override with its value as it stands, a path's "~" apart."""
+    key, _, value = text.partition("=")
+    quoted = QuotedString(os.path.expanduser(value), Quote.single).with_quotes()
+    return OverridesParser.create().parse_override(f"{key}={quoted}")
 
 
 def _items(key: str, value: object) -> Iterator[tuple[str, object]]:
