@@ -69,8 +69,7 @@ class Status:
     """What serves calls on a device type.
 
     backend: "cpp-cpu" or "cuda" for compiled operators, "reference" for plain PyTorch, "not built" or
-    "not loaded" (built earlier)
-    before the first call. cache_dir: where the library lies or would lie.
+    "not loaded" (built earlier) before the first call. cache_dir: where the library lies or would lie.
     """
 
     backend: str

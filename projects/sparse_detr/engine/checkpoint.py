@@ -35,6 +35,10 @@ from .weights import WeightsError, read_npz, read_pickle, read_safetensors, read
 _READERS = {".npz": read_npz, ".pkl": read_pickle, ".safetensors": read_safetensors}
 
 
+class WriteError(UserError, OSError):
+    """A checkpoint cannot be written."""
+
+
 class Checkpointer(DetectionCheckpointer):
     """detectron2's checkpointer with atomic writes, fall-back on resume, and more file types.
 
@@ -78,11 +82,15 @@ class Checkpointer(DetectionCheckpointer):
             with replacing(path) as partial:
                 torch.save(data, partial)
         except (OSError, RuntimeError) as error:  # torch's own writer knows no OSError
-            free = shutil.disk_usage(self.save_dir).free / 2**20
-            raise OSError(
+            free, needed = shutil.disk_usage(self.save_dir).free / 2**20, _num_bytes(data) / 2**20
+            raise WriteError(
                 f"cannot write the checkpoint {path}: {str(error).splitlines()[0]} "
-                f"({free:.0f} MiB are free there). The checkpoints before it are untouched: "
-                "make room, then go on with --resume"
+                f"({free:.0f} MiB are free there, {needed:.0f} MiB are needed). "
+                + (
+                    "The checkpoints before it are untouched: make room, then go on with --resume"
+                    if run_checkpoints(self.save_dir)
+                    else "There is no checkpoint before it: make room, then start again"
+                )
             ) from error
         if self.checkpointables:  # a run can go on from it
             self.tag_last_checkpoint(os.path.basename(path))
@@ -97,8 +105,15 @@ class Checkpointer(DetectionCheckpointer):
     def has_checkpoint(self) -> bool:
         return bool(self._candidates())
 
+    def newest(self) -> str:
+        """The file that ``resume_or_load`` would try first; empty if there is none."""
+        return next(iter(self._candidates()), "")
+
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Loads the newest readable checkpoint of the run if ``resume``, else ``path``'s weights.
+
+        A run that goes on (not who only reads it) sets those aside that it has found broken, as
+        ``<name>.unreadable``, and names the one that it took in ``last_checkpoint``.
 
         Raises:
             ValueError: ``resume``, and none of the checkpoints that are there can be read, or the
@@ -110,7 +125,7 @@ class Checkpointer(DetectionCheckpointer):
         candidates = self._candidates() if resume else []
         if not candidates:
             return self.load(path, checkpointables=[])
-        for candidate in candidates:
+        for number, candidate in enumerate(candidates):
             try:
                 self._content = read_torch(candidate)
             except WeightsError as error:
@@ -118,9 +133,15 @@ class Checkpointer(DetectionCheckpointer):
                 continue
             self.fine_tune = False
             try:
-                return self.load(candidate)
+                loaded = self.load(candidate)
             except ValueError as error:
                 raise UserError(f"{candidate}: {error}") from error
+            if number and self.checkpointables and self.save_to_disk:
+                for broken in candidates[:number]:
+                    os.replace(broken, f"{broken}.unreadable")
+                    self.logger.warning("set aside as %s.unreadable, which may be deleted", broken)
+                self.tag_last_checkpoint(os.path.basename(candidate))
+            return loaded
         raise UserError(
             f"none of the checkpoints in {self.save_dir} can be read "
             f"({', '.join(map(os.path.basename, candidates))}): "
@@ -304,6 +325,17 @@ def fit_weights(model: nn.Module, weights: dict[str, Any]) -> None:
     checkpointer.check_missing(model.state_dict().keys() - fitted.keys())
     weights.clear()
     weights.update(fitted)
+
+
+def _num_bytes(content: Any) -> int:
+    """Of the tensors in nested dicts and lists."""
+    if isinstance(content, torch.Tensor):
+        return content.numel() * content.element_size()
+    if isinstance(content, dict):
+        content = content.values()
+    elif not isinstance(content, list | tuple):
+        return 0
+    return sum(map(_num_bytes, content))
 
 
 def training_only(model: nn.Module) -> tuple[str, ...]:
