@@ -28,7 +28,9 @@ from .fine_tune import (
     backbone_names,
     class_counts,
     other_class_counts,
+    resnet_kind,
     resnet_mismatch,
+    resnet_origin,
 )
 from .weights import WeightsError, read_npz, read_pickle, read_safetensors, read_torch
 
@@ -196,8 +198,16 @@ class Checkpointer(DetectionCheckpointer):
             weights, origin = self.fitted(checkpoint["model"], checkpoint.get("class_names"))
             checkpoint.update(model=weights, __author__=origin)
             self._check_names(checkpoint.get("class_names"))
-        if problem := resnet_mismatch(self.model, checkpoint.get("__author__")):
+        origin = checkpoint.get("__author__")
+        if origin not in ("torchvision", "Caffe2"):
+            origin = resnet_origin(checkpoint["model"])
+        if problem := resnet_mismatch(self.model, origin):
             self.logger.warning(problem)
+        elif origin is None and self.fine_tune and (kind := resnet_kind(self.model)):
+            self.logger.info(
+                "the model expects weights of %s's kind of ResNet, and the file does not tell whose it has",
+                kind,
+            )
         if any(name.startswith("transformer.") for name in checkpoint["model"]):
             self._tell_sizes(checkpoint.get("exact_sizes", False))
         loaded = super()._load_model(checkpoint)
