@@ -68,8 +68,8 @@ class BuildError(RuntimeError):
 class Status:
     """What serves calls on a device type.
 
-    backend: "cpp-cpu" or "cuda" for compiled operators, "reference" for plain PyTorch, "not built"
-    before the first call. cache_dir: where the library lies or would lie.
+    backend: "cpp-cpu" or "cuda" for compiled operators, "reference" for plain PyTorch, "not built" or
+    "not loaded" (built earlier) before the first call. cache_dir: where the library lies or would lie.
     """
 
     backend: str
@@ -99,8 +99,10 @@ def status(device_type: str | None = None, *, load: bool = False) -> Status:
         plan = Plan.make(device_type)
     except BuildError as error:
         return Status("reference", str(error))
-    built = "built earlier" if plan.library.is_file() else "will be built at the first call"
-    return Status("not built", f"compiled operators for {device_type}: {built}", str(plan.folder))
+    if plan.library.is_file():
+        return Status("not loaded", f"compiled operators for {device_type}: built earlier", str(plan.folder))
+    note = f"compiled operators for {device_type}: will be built at the first call"
+    return Status("not built", note, str(plan.folder))
 
 
 @contextlib.contextmanager

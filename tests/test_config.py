@@ -231,3 +231,24 @@ def test_devices_are_looked_for_before_they_are_used(monkeypatch):
     assert resolve_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(UserError, match="device=cuda:2, but torch sees 2 GPUs"):
         resolve_device("cuda:2")
+
+
+@pytest.mark.parametrize("value", ["20241126", "2024_11_26", "007", "true", "1e3", "1.50", "inf"])
+@pytest.mark.parametrize("key", ["train.output_dir", "data.train_images", "data.val_json"])
+def test_the_value_of_a_key_that_is_a_path_is_text(key, value, tmp_path):
+    cfg = load_config("custom/sparse_detr_r50", [f"{key}={value}"])
+    assert OmegaConf.select(cfg, key) == value
+    LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
+    assert OmegaConf.select(load_config(tmp_path / "config.yaml"), key) == value
+
+
+def test_other_values_keep_their_kind():
+    overrides = [
+        "train.output_dir='1'",
+        "data.train_images=null",
+        "train.max_iter=5",
+        "train.amp.enabled=true",
+    ]
+    cfg = load_config("custom/sparse_detr_r50", overrides)
+    assert (cfg.train.output_dir, cfg.data.train_images) == ("1", None)
+    assert cfg.train.max_iter == 5 and cfg.train.amp.enabled is True

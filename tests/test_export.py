@@ -1,16 +1,23 @@
 """torch.export, torch.compile and ONNX: one trace of every method serves images of any size."""
 
 import json
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from sparse_detr import export
 from sparse_detr.config import get_config
 from sparse_detr.kernels import build, op
 from sparse_detr.modeling import build_swin
+from sparse_detr.predictor import Predictor
 
 from .modeling.tiny import shrink
 
@@ -60,9 +67,7 @@ def test_the_tensor_detector_is_the_detector():
     found = detector([{"image": image(TRACED)[0]}])[0]["instances"]
     torch.testing.assert_close(scores, found.scores)
     assert (labels == found.pred_classes).all()
-    height, width = TRACED
-    limit = torch.tensor([width, height] * 2)
-    torch.testing.assert_close(boxes.clamp(min=0).minimum(limit), found.pred_boxes.tensor)
+    torch.testing.assert_close(boxes, found.pred_boxes.tensor)
 
 
 @pytest.mark.parametrize(("method", "exact_sizes"), [*((m, False) for m in CONFIGS), ("deformable", True)])
@@ -103,6 +108,59 @@ def test_one_onnx_file_serves_all_sizes(tmp_path):
     assert [x.name for x in written.graph.output] == list(export.OUTPUTS)
     stored = {x.key: json.loads(x.value) for x in written.metadata_props}
     assert stored["input_format"] == "RGB" and stored["classes"] == ["a", "b", "c"]
+
+
+def average_precision(truth, found):
+    """COCO's AP in percent of ``found``, per image (scores, labels, xyxy boxes) as numpy arrays."""
+    coco, results = COCO(), []
+    for index, (scores, labels, boxes) in enumerate(found):
+        for score, label, (left, top, right, bottom) in zip(scores, labels, boxes):
+            box = [float(x) for x in (left, top, right - left, bottom - top)]
+            results.append({"image_id": index, "category_id": int(label), "bbox": box, "score": float(score)})
+    coco.dataset = truth
+    coco.createIndex()
+    evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return 100 * evaluation.stats[0]
+
+
+def test_the_file_run_as_the_page_says_scores_what_the_predictor_does(tmp_path, monkeypatch):
+    """docs/export.md's code on images that are resized, with objects at the border."""
+    cfg = get_config(CONFIGS["sparse"])
+    shrink(cfg.model)
+    cfg.dataloader.test.mapper.augmentations.short_edge = TRACED[0]
+    predict = Predictor(cfg, device="cpu")
+    predict.model = detector = model("sparse")
+    for head in detector.transformer.heads.box_heads:
+        head.layers[-1].bias.data[2:] = 3.0  # large ones
+    write_onnx(detector, tmp_path / "model.onnx", dynamic=False, metadata=predict.resizing)
+    page = (Path(__file__).parents[1] / "docs" / "export.md").read_text()
+    (code,) = [c for c in re.findall("```python\n(.*?)```", page, re.S) if "InferenceSession" in c]
+    monkeypatch.chdir(tmp_path)
+
+    truth = {"images": [], "annotations": [], "categories": [{"id": i, "name": str(i)} for i in range(3)]}
+    found, expected, at_border = [], [], 0
+    for index in range(4):
+        pixels = np.random.default_rng(index).integers(0, 255, (24, 40, 3), np.uint8)
+        pixels = pixels.repeat(10, 0).repeat(10, 1)  # 240x400: made smaller
+        Image.fromarray(pixels).save("image.png")
+        names: dict = {}
+        exec(code.replace("image.jpg", "image.png"), names)
+        found.append([names[name][0] for name in ("scores", "labels", "boxes")])
+        instances = predict(np.ascontiguousarray(pixels[:, :, ::-1]))["instances"]
+        boxes = instances.pred_boxes.tensor.numpy()
+        expected.append([instances.scores.numpy(), instances.pred_classes.numpy(), boxes])
+        truth["images"].append({"id": index, "height": 240, "width": 400})
+        for label, (left, top, right, bottom) in zip(instances.pred_classes[::3].tolist(), boxes[::3]):
+            box = [float(x) for x in (left, top, right - left, bottom - top)]
+            at_border += left == 0 or top == 0 or right == 400 or bottom == 240
+            annotation = {"id": len(truth["annotations"]) + 1, "image_id": index, "category_id": label}
+            truth["annotations"].append({**annotation, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
+    right = average_precision(truth, expected)
+    assert right > 5 and at_border > 5
+    assert average_precision(truth, found) == pytest.approx(right, abs=0.1)
 
 
 @pytest.mark.parametrize("method", ["sparse", "lite"])

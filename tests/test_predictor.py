@@ -1,13 +1,17 @@
 """Predictor and the package's public names."""
 
 import os
+import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyConfig
 from detectron2.data.transforms import ResizeShortestEdge
+from PIL import Image
 
 import sparse_detr
 from sparse_detr.engine import Checkpointer
@@ -187,3 +191,82 @@ def test_an_absent_gpu_is_explained(run_folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device=cuda, but torch sees no GPU: pass device=cpu"):
         sparse_detr.Predictor(str(run_folder), device="cuda")
+
+
+class SahiModel:
+    """How SAHI's ``Detectron2DetectionModel`` calls its predictor: an RGB image in, see its
+    ``perform_inference``."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def perform_inference(self, image):
+        if isinstance(image, np.ndarray) and self.model.input_format == "BGR":
+            image = image[:, :, ::-1]
+        return self.model(image)
+
+
+@pytest.mark.parametrize("input_format", ["RGB", "BGR"])
+def test_sahi_hands_over_the_colours_in_the_right_order(run_folder, input_format):
+    """Whatever the model's own order is."""
+    overrides = [f"model.input_format={input_format}"]
+    predict = sparse_detr.Predictor(str(run_folder), device="cpu", overrides=overrides)
+    rgb = np.random.default_rng(0).integers(0, 255, (64, 80, 3), dtype=np.uint8)
+    rgb[..., 0] //= 4
+    found = SahiModel(predict).perform_inference(rgb)["instances"]
+    expected = predict(np.ascontiguousarray(rgb[:, :, ::-1]))["instances"]
+    swapped = predict(rgb)["instances"]
+    assert torch.equal(found.scores, expected.scores) and not torch.equal(found.scores, swapped.scores)
+
+
+def test_the_recipe_for_sahi(run_folder, tmp_path, monkeypatch):
+    """The code of docs/predict.md; with a stand-in where SAHI is not installed."""
+    page = (Path(__file__).parents[1] / "docs" / "predict.md").read_text()
+    (code,) = [c for c in re.findall("```python\n(.*?)```", page, re.S) if "sahi" in c]
+    try:
+        import sahi  # noqa: F401
+    except ImportError:
+        for name, module in sahi_stand_in().items():
+            monkeypatch.setitem(sys.modules, name, module)
+    image = np.random.default_rng(0).integers(0, 255, (700, 700, 3), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "image.jpg")
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "my_run").symlink_to(run_folder)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code.replace("confidence_threshold=0.3", "confidence_threshold=0.0"), names)
+    found = names["result"].object_prediction_list
+    assert found and {f.category.name for f in found} <= {"cat", "dog", "cow"}
+    assert max(f.bbox.to_xyxy()[2] for f in found) > 640  # of the second tile, in pixels of the image
+
+
+def sahi_stand_in():
+    class Detectron2DetectionModel:
+        def __init__(self, *, load_at_init, category_mapping, confidence_threshold):
+            assert not load_at_init
+            self.category_mapping, self.threshold = category_mapping, confidence_threshold
+
+    def get_sliced_prediction(image, model, *, slice_height, slice_width, **overlaps):
+        rgb = np.array(Image.open(image))
+        found = []
+        for left in (0, rgb.shape[1] - slice_width):
+            tile = rgb[:slice_height, left : left + slice_width]
+            instances = SahiModel(model.model).perform_inference(tile)["instances"]
+            for box, score, label in zip(instances.pred_boxes, instances.scores, instances.pred_classes):
+                box = [float(x) + shift for x, shift in zip(box, (left, 0, left, 0))]
+                category = SimpleNamespace(name=model.category_mapping[str(int(label))])
+                found.append(
+                    SimpleNamespace(
+                        category=category,
+                        score=SimpleNamespace(value=float(score)),
+                        bbox=SimpleNamespace(to_xyxy=lambda box=box: box),
+                    )
+                )
+        return SimpleNamespace(object_prediction_list=found)
+
+    return {
+        "sahi": SimpleNamespace(),
+        "sahi.models": SimpleNamespace(),
+        "sahi.models.detectron2": SimpleNamespace(Detectron2DetectionModel=Detectron2DetectionModel),
+        "sahi.predict": SimpleNamespace(get_sliced_prediction=get_sliced_prediction),
+    }

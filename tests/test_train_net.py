@@ -2,8 +2,10 @@
 
 import logging
 import os
+import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 from detectron2.config import LazyConfig
 from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.utils.events import JSONWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -19,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import train_net  # noqa: E402
 from sparse_detr import config, engine  # noqa: E402
 from sparse_detr.errors import told_in_one_line  # noqa: E402
+from sparse_detr.predictor import build_model  # noqa: E402
 
 from .run_files import detections, metrics, read, same  # noqa: E402
 
@@ -209,6 +213,134 @@ def test_a_resumed_run_counts_its_checkpoints_on(data, interrupted):
     run(data, interrupted, *keep, "train.eval_period=0", "train.max_iter=6")
     numbered = sorted(f.name for f in interrupted.glob("model_0*.pth"))
     assert numbered == ["model_0000004.pth", "model_0000005.pth"]
+
+
+def at_step(monkeypatch, iteration, act):
+    """``act`` in the middle of a step."""
+    forward = engine.Trainer._forward
+
+    def acting(self, *args):
+        if self.iter == iteration:
+            act()
+        return forward(self, *args)
+
+    monkeypatch.setattr(engine.Trainer, "_forward", acting)
+
+
+def sigterm():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_ends_a_run_with_a_checkpoint_that_it_goes_on_from(data, finished, tmp_path, monkeypatch):
+    """Behind the step under way, and exactly."""
+    before = signal.getsignal(signal.SIGTERM)
+    at_step(monkeypatch, 1, sigterm)
+    with pytest.raises(SystemExit) as error:
+        run(data, tmp_path)
+    assert error.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+    assert [f.name for f in tmp_path.glob("model_*.pth")] == ["model_0000001.pth"]
+    log = (tmp_path / "log.txt").read_text()
+    assert "training stops after 2 of 6 iterations: SIGTERM was received" in log
+    assert log.splitlines()[-1].endswith(
+        f"ended by SIGTERM: --resume goes on from {tmp_path}/model_0000001.pth"
+    )
+    run(data, tmp_path, "--resume")
+    whole, resumed = read(finished[0] / "model_final.pth"), read(tmp_path / "model_final.pth")
+    assert same(whole["model"], resumed["model"]) and same(whole["trainer"], resumed["trainer"])
+
+
+def test_sigterm_in_an_evaluation_does_not_wait_for_its_end(data, tmp_path, monkeypatch):
+    ended = []
+
+    def evaluation(self, model):
+        sigterm()
+        ended.append(True)
+
+    monkeypatch.setattr(engine.run.Evaluation, "__call__", evaluation)
+    with pytest.raises(SystemExit):
+        run(data, tmp_path, "train.checkpointer.period=0")
+    assert not ended and (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
+
+
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(data, tmp_path, monkeypatch, capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    for iteration, message in (
+        (1, "there is no checkpoint yet to go on from"),
+        (4, f"--resume goes on from {tmp_path}/model_0000002.pth"),
+    ):
+        with monkeypatch.context() as patch:
+            at_step(patch, iteration, interrupt)
+            with pytest.raises(SystemExit) as error, told_in_one_line():
+                run(data, tmp_path)
+        assert error.value.code == 130
+        assert capsys.readouterr().err.splitlines()[-1] == f"interrupted: {message}"
+    assert "Traceback" not in (tmp_path / "log.txt").read_text()
+
+
+def test_a_full_disk_is_one_line(data, tmp_path, monkeypatch, caplog):
+    def full(data, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as error, told_in_one_line():
+        run(data, tmp_path)
+    assert re.search(
+        r"^error: cannot write .*/model_0000002.pth: .*No space left.* \(\d+ MiB are free there, \d+ MiB are "
+        r"needed\). There is no checkpoint before it: make room, then start again$",
+        error.value.code,
+    )
+    assert "Traceback" not in (tmp_path / "log.txt").read_text()
+
+
+def test_a_disk_that_is_full_elsewhere_is_one_line(data, tmp_path, monkeypatch):
+    def write(self):
+        raise OSError(28, "No space left on device", str(tmp_path / "metrics.json"))
+
+    monkeypatch.setattr(JSONWriter, "write", write)
+    with (
+        pytest.raises(SystemExit, match="error: .*No space left.*metrics.json.*--resume"),
+        told_in_one_line(),
+    ):
+        run(data, tmp_path)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_unreadable_training_image_is_one_line(data, tmp_path, tmp_path_factory, num_workers):
+    root = tmp_path_factory.mktemp("cut")
+    shutil.copytree(data, root, dirs_exist_ok=True)
+    for image in root.rglob("train/*.*g"):
+        image.write_bytes(image.read_bytes()[:100])
+    with pytest.raises(SystemExit) as error, told_in_one_line():
+        run(root, tmp_path, f"dataloader.train.num_workers={num_workers}")
+    assert error.value.code.startswith("error: cannot read training image ") and "\n" not in error.value.code
+    assert "Traceback" not in (tmp_path / "log.txt").read_text()
+
+
+def test_what_changed_for_a_resumed_run_is_logged(data, interrupted, finished):
+    shutil.copy(finished[0] / "config.yaml", interrupted)
+    milestones = config.load_config(TINY).lr_multiplier.milestones
+    run(data, interrupted, "--resume", "train.epochs=0.75", "lr_multiplier.milestones=[0.25]")
+    log = (interrupted / "log.txt").read_text()
+    assert "the run goes on with another config: " in log
+    assert f"lr_multiplier.milestones {list(milestones)} -> [0.25]" in log
+    assert "-> 0.75" in log and "output_dir" not in log.split("another config: ")[1].splitlines()[0]
+
+
+def test_a_broken_final_checkpoint_is_replaced_and_all_readers_fall_back(data, finished, tmp_path):
+    folder, results = finished
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    final = tmp_path / "model_final.pth"
+    final.write_bytes(final.read_bytes()[:5000])
+    run(data, tmp_path, "--eval-only")  # looks, and changes nothing
+    build_model(tmp_path, device="cpu")
+    assert final.stat().st_size == 5000
+    assert run(data, tmp_path, "--resume") == pytest.approx(results, nan_ok=True)
+    whole, resumed = read(folder / "model_final.pth"), read(final)
+    assert same(whole["model"], resumed["model"]) and whole["iteration"] == resumed["iteration"]
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    assert (tmp_path / "model_final.pth.unreadable").stat().st_size == 5000
 
 
 def test_period_zero_means_at_the_end(data, tmp_path):

@@ -1,5 +1,6 @@
 """detectron2's own DefaultTrainer and DefaultPredictor with the shipped yacs configs."""
 
+import argparse
 import importlib
 import json
 from importlib import resources
@@ -7,6 +8,7 @@ from importlib import resources
 import numpy as np
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 from detectron2.engine import DefaultPredictor, DefaultTrainer
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
@@ -17,6 +19,7 @@ from sparse_detr.errors import UserError
 from sparse_detr.modeling import SparseDETR, meta_arch
 from sparse_detr.yacs import add_sparse_detr_config, build_optimizer
 
+from .modeling.test_lite import published_names
 from .modeling.tiny import shrink
 
 FOLDER = resources.files("sparse_detr.configs") / "yacs"
@@ -231,3 +234,96 @@ def test_a_name_that_another_project_has_registered_is_an_error(monkeypatch):
     with pytest.raises(UserError, match=rf"sparse_detr.modeling.meta_arch registers DINO .*{__name__} has"):
         meta_arch._register(meta_arch.LiteDETR, meta_arch.DINO)
     assert "LiteDETR" not in META_ARCH_REGISTRY  # all or none
+
+
+# What detectron2's engine and keys would pass over in silence
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A yacs config of a small model with 5 classes, and the model."""
+    cfg = config("lite_dino_r50.yaml")
+    lazy = get_config(cfg.MODEL.SPARSE_DETR.CONFIG)
+    shrink(lazy.model)
+    LazyConfig.save(lazy, str(tmp_path / "small.yaml"))
+    cfg.MODEL.SPARSE_DETR.CONFIG, cfg.MODEL.SPARSE_DETR.NUM_CLASSES = str(tmp_path / "small.yaml"), 5
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.INPUT.MIN_SIZE_TEST = "cpu", "", 64
+    return cfg, build_model(cfg).eval()
+
+
+def save_published(model, path):
+    """As Lite DETR's authors would have saved it: their names, and their arguments as a Namespace."""
+    torch.save({"model": published_names(model), "args": argparse.Namespace(lr=1e-4)}, path)
+    return str(path)
+
+
+def test_default_predictor_converts_a_published_file(small, tmp_path):
+    cfg, model = small
+    torch.nn.init.normal_(model.transformer.heads.class_heads[0].weight)
+    cfg.MODEL.WEIGHTS = save_published(model, tmp_path / "published.pth")
+    loaded = DefaultPredictor(cfg).model.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+
+
+def test_default_predictor_refuses_weights_that_leave_the_model_random(small, tmp_path):
+    cfg, model = small
+    cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+    for weights, message in (
+        ({f"other.{name}": value for name, value in model.state_dict().items()}, "tensors are missing"),
+        ({n: v for n, v in model.state_dict().items() if n.startswith("backbone")}, "A backbone alone"),
+    ):
+        torch.save({"model": weights}, cfg.MODEL.WEIGHTS)
+        with pytest.raises(UserError, match=message):
+            DefaultPredictor(cfg)
+    cfg.MODEL.WEIGHTS = save_published(model, tmp_path / "published.pth")
+    cfg.MODEL.SPARSE_DETR.NUM_CLASSES = 4
+    with pytest.raises(UserError, match="trained for 5 classes, the model has 4"):
+        DefaultPredictor(cfg)
+
+
+def test_training_may_start_from_a_published_file_of_other_classes(small, tmp_path):
+    cfg, model = small
+    weights = save_published(model, tmp_path / "published.pth")
+    cfg.MODEL.SPARSE_DETR.NUM_CLASSES = 4
+    other = build_model(cfg).train()
+    DetectionCheckpointer(other).load(weights)
+    name = "transformer.level_embed"
+    assert torch.equal(other.state_dict()[name], model.state_dict()[name])
+
+
+def test_keys_of_detectron2_with_one_meaning_are_followed(caplog):
+    caplog.set_level("INFO")
+    cfg = config("sparse_detr_r50.yaml")
+    cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0, 101, 3
+    model = from_yacs(cfg, "").model
+    assert (model.backbone.freeze_at, model.backbone.stages.depth, model.num_classes) == (0, 101, 3)
+    assert {record.levelname for record in caplog.records} == {"INFO"} and len(caplog.records) == 3
+    cfg.MODEL.SPARSE_DETR.NUM_CLASSES = 4
+    with pytest.raises(UserError, match="SPARSE_DETR.NUM_CLASSES=4, but MODEL.ROI_HEADS.NUM_CLASSES=3"):
+        from_yacs(cfg, "")
+
+
+def test_other_keys_of_detectron2_are_named(caplog):
+    cfg = config("sparse_detr_r50.yaml")
+    from_yacs(cfg, "")
+    assert not caplog.records
+    cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.MASK_ON, cfg.SOLVER.MOMENTUM = 64, True, 0.5
+    from_yacs(cfg, "")
+    (record,) = caplog.records
+    assert "MODEL.FPN.OUT_CHANNELS=64" in record.message and "MODEL.MASK_ON=True" in record.message
+    model = torch.nn.Linear(2, 2)
+    model.default_config = ""
+    build_optimizer(cfg, model)
+    assert "SOLVER.MOMENTUM=0.5" in caplog.text
+    caplog.clear()
+    cfg = config("sparse_detr_r50.yaml")
+    cfg.MODEL.SPARSE_DETR.CONFIG = "sparse_detr/sparse_detr_swint_30_50ep"
+    cfg.MODEL.RESNETS.DEPTH = 101
+    from_yacs(cfg, "")
+    assert "no such setting: MODEL.RESNETS.DEPTH=101" in caplog.text
+
+
+def test_a_forgotten_build_optimizer_is_named(small):
+    cfg, model = small
+    with pytest.raises(UserError, match=r"class Trainer.*\n +build_optimizer = staticmethod"):
+        DefaultTrainer.build_optimizer(cfg, model)

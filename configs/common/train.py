@@ -11,7 +11,7 @@ train = dict(
     log_period=20,
     # Weights & Biases, beside the terminal, metrics.json and TensorBoard; params go to wandb.init
     wandb=dict(enabled=False, params=dict(project="sparse_detr", name=None, id=None)),
-    checkpointer=dict(period=None, max_to_keep=5),  # iterations; None: once per epoch
+    checkpointer=dict(period=None, max_to_keep=5),  # iterations; None: every epoch, or so many as make 200
     # the weights with the best result, in model_best.pth
     best_checkpoint=dict(enabled=True, metric="bbox/AP", mode="max"),
     early_stop=dict(patience=None),  # stop after so many evaluations without a new best

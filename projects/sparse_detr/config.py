@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 
 import torch
-from detectron2.config import CfgNode, LazyConfig
+from detectron2.config import CfgNode, LazyConfig, get_cfg
 from detectron2.utils.registry import locate
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
@@ -100,7 +100,7 @@ def from_yacs(cfg: CfgNode, default: str) -> DictConfig:
         )
     lazy = get_config(node["CONFIG"] or default)
     lazy.model.update(
-        num_classes=node["NUM_CLASSES"],
+        num_classes=_yacs_num_classes(cfg, node),
         pixel_mean=list(cfg.MODEL.PIXEL_MEAN),
         pixel_std=list(cfg.MODEL.PIXEL_STD),
         input_format=cfg.INPUT.FORMAT,
@@ -108,8 +108,91 @@ def from_yacs(cfg: CfgNode, default: str) -> DictConfig:
     )
     if "optimizer" in lazy:
         lazy.optimizer.update(lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+    _follow_yacs_backbone(cfg, lazy)
     apply_overrides(lazy, node["OVERRIDES"])
+    if unread := unread_yacs_keys(cfg, "MODEL", skip=_YACS_READ):
+        logger.warning(
+            "these keys of detectron2's change nothing in this model: %s. It is described by "
+            "MODEL.SPARSE_DETR.CONFIG=%s and MODEL.SPARSE_DETR.OVERRIDES",
+            ", ".join(unread),
+            node["CONFIG"] or default,
+        )
     return lazy
+
+
+# The parts of MODEL that the detectors or detectron2's engine read, or ``from_yacs`` speaks about itself.
+_YACS_READ = (
+    "META_ARCHITECTURE DEVICE WEIGHTS PIXEL_MEAN PIXEL_STD SPARSE_DETR DETR "
+    "BACKBONE.FREEZE_AT RESNETS.DEPTH ROI_HEADS.NUM_CLASSES RETINANET.NUM_CLASSES"
+).split()
+
+
+def unread_yacs_keys(
+    cfg: CfgNode, section: str, names: Iterable[str] | None = None, skip: Iterable[str] = ()
+) -> list[str]:
+    """``SECTION.KEY=value`` of detectron2's keys that were changed: those below ``section``.
+
+    Args:
+        names: these keys of the section only.
+        skip: keys of the section, or whole nodes in it, to leave out.
+    """
+    skip = set(skip)
+
+    def changed(node: CfgNode, plain: CfgNode, path: str) -> Iterator[str]:
+        for name, value in plain.items():
+            here = f"{path}.{name}"
+            if here.split(".", 1)[1] in skip or name not in node:
+                continue
+            if isinstance(value, CfgNode):
+                yield from changed(node[name], value, here)
+            elif _listed(node[name]) != _listed(value) and (names is None or name in names):
+                yield f"{here}={node[name]}"
+
+    return list(changed(cfg[section], get_cfg()[section], section))
+
+
+def _listed(value: object) -> object:
+    """A YAML file makes lists of tuples."""
+    return list(map(_listed, value)) if isinstance(value, tuple | list) else value
+
+
+def _yacs_num_classes(cfg: CfgNode, node: dict) -> int:
+    """``MODEL.SPARSE_DETR.NUM_CLASSES``, or detectron2's own keys for it where they alone were set."""
+    own, usual = node["NUM_CLASSES"], 80
+    others = {
+        f"MODEL.{head}.NUM_CLASSES": cfg.MODEL[head].NUM_CLASSES
+        for head in ("ROI_HEADS", "RETINANET")
+        if cfg.MODEL[head].NUM_CLASSES not in (own, usual)
+    }
+    if not others:
+        return own
+    told = " and ".join(f"{key}={value}" for key, value in others.items())
+    if own != usual or len(set(others.values())) > 1:
+        raise UserError(
+            f"MODEL.SPARSE_DETR.NUM_CLASSES={own}, but {told}: the first is this model's; set it, and "
+            f"leave the others at {usual}"
+        )
+    logger.info("%s is followed; this model's own key is MODEL.SPARSE_DETR.NUM_CLASSES", told)
+    return next(iter(others.values()))
+
+
+def _follow_yacs_backbone(cfg: CfgNode, lazy: DictConfig) -> None:
+    """What detectron2's keys say of a ResNet has one meaning here, too; of other backbones it has none."""
+    plain, unread = get_cfg().MODEL, []
+    for section, key, target in (
+        ("BACKBONE", "FREEZE_AT", "model.backbone.freeze_at"),
+        ("RESNETS", "DEPTH", "model.backbone.stages.depth"),
+    ):
+        value = cfg.MODEL[section][key]
+        if value == plain[section][key]:
+            continue
+        if OmegaConf.select(lazy, target) is None:
+            unread.append(f"MODEL.{section}.{key}={value}")
+        elif OmegaConf.select(lazy, target) != value:
+            OmegaConf.update(lazy, target, value)
+            logger.info("MODEL.%s.%s=%s is followed: %s=%s", section, key, value, target, value)
+    if unread:
+        logger.warning("this model's backbone has no such setting: %s", ", ".join(unread))
 
 
 def _yacs_node(cfg: CfgNode) -> dict:
@@ -218,7 +301,8 @@ def _config_root() -> str:
 def apply_overrides(cfg: DictConfig, overrides: Iterable[str]) -> None:
     """Applies "a.b=c" overrides in place; values follow Hydra's grammar: null, true, [1,2], {x: 1}.
 
-    A value that has a "/" and does not fit the grammar is a path, taken as it stands.
+    A value that has a "/" and does not fit the grammar is a path, taken as it stands. So is the value of
+    a key that is text or a path's, such as ``train.output_dir=2024``, whatever it looks like.
 
     Raises:
         UserError: an override cannot be read, names a key that the config does not have (with "did
@@ -229,6 +313,8 @@ def apply_overrides(cfg: DictConfig, overrides: Iterable[str]) -> None:
         key = override.key_or_group
         if override.is_delete():
             raise UserError(f"override {text!r}: deleting a key is not supported; set it to null")
+        if not isinstance(override.value(), str | list | Mapping | None) and _is_text(cfg, key):
+            override = _as_text(text)
         if not override.is_add():
             for name, value in _items(key, override.value()):
                 if not _accepts(cfg, name):
@@ -255,13 +341,28 @@ def _parse(text: str) -> Override:
     except Exception as error:  # Hydra's own exceptions differ between versions
         problem = f"expected path.key=value ({str(error).splitlines()[0]})"
     if "/" in value and value[0] not in "[{('\"":
-        path = QuotedString(os.path.expanduser(value), Quote.single).with_quotes()
         with contextlib.suppress(Exception):  # the key cannot be read either
-            return parser.parse_override(f"{key}={path}")
+            return _as_text(text)
     raise UserError(
         f"cannot read the override {text!r}: {problem}. A value with special characters is quoted "
         """twice, once for the shell: "path.key='a (b)'\""""
     )
+
+
+# Ends of the names of keys that hold files or folders, and may be None until they do.
+_PATH_KEY = re.compile(r"(^|_|\.)(dir|path|file|folder|root|images|json|checkpoint|weights)$")
+
+
+def _is_text(cfg: DictConfig, key: str) -> bool:
+    now = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
+    return isinstance(now, str) or (now is None and bool(_PATH_KEY.search(key)))
+
+
+def _as_text(text: str) -> Override:
+    """The override with its value as it stands, a path's "~" apart."""
+    key, _, value = text.partition("=")
+    quoted = QuotedString(os.path.expanduser(value), Quote.single).with_quotes()
+    return OverridesParser.create().parse_override(f"{key}={quoted}")
 
 
 def _items(key: str, value: object) -> Iterator[tuple[str, object]]:

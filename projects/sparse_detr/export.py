@@ -4,7 +4,7 @@ Input: ``image`` (1, 3, H, W) float, 0 to 255, channels in the model's ``input_f
 its config says otherwise), resized by the caller. Normalisation is part of the model.
 
 Output: ``scores`` (1, K) descending, ``labels`` (1, K) int64 from 0, and ``boxes`` (1, K, 4) xyxy in
-pixels of ``image``, not clipped; K is ``max_detections``, fewer on images with few tokens.
+pixels of ``image``, clipped to it; K is ``max_detections``, fewer on images with few tokens.
 
 H and W stay free in all three unless a fixed size is asked for. torch.export and torch.compile keep
 deformable attention as one op; ONNX gets its plain PyTorch form, which is made of standard operators.
@@ -48,8 +48,8 @@ class TensorDetector(nn.Module):
         normalised = (image.to(model.pixel_mean.dtype) - model.pixel_mean) / model.pixel_std
         found = model.detect(ImageList(normalised, [(height, width)] * image.shape[0]))
         scores, labels, boxes = top_detections(found.logits, found.boxes, model.max_detections)
-        scale = torch.tensor([width, height] * 2, dtype=boxes.dtype, device=boxes.device)
-        return scores, labels, boxes * scale
+        limit = torch.tensor([width, height] * 2, dtype=boxes.dtype, device=boxes.device)
+        return scores, labels, torch.minimum((boxes * limit).clamp(min=0), limit)
 
 
 def export_program(

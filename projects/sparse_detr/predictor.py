@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -62,6 +62,7 @@ class Predictor:
         class_names: of the classes that ``pred_classes`` counts; from the checkpoint or, if it has
             none, from the config or the config's test set if detectron2 knows it, else numbers.
         metadata: detectron2 ``Metadata`` with these names, for its ``Visualizer``.
+        input_format: "BGR", the order of channels that ``__call__`` takes, whatever the model's is.
         resizing: ``short_edge`` and ``max_size`` of the config's test set, in pixels.
 
     Raises:
@@ -72,6 +73,8 @@ class Predictor:
         predict = Predictor("output/my_run", threshold=0.5)
         instances = predict(cv2.imread("image.jpg"))["instances"]
     """
+
+    input_format: Final = "BGR"  # SAHI asks for it
 
     def __init__(
         self,
@@ -169,9 +172,12 @@ def _build(
     """The config, the model, and what its checkpoint, if there is one, holds besides weights."""
     where = resolve_device(device)
     cfg = resolve_config(config, overrides)
-    if not weights and not isinstance(config, DictConfig) and os.path.isdir(config):
-        weights = _last_checkpoint(config)
+    run = not weights and not isinstance(config, DictConfig) and os.path.isdir(config) and os.fspath(config)
+    if run and not Checkpointer(nn.Module(), run).has_checkpoint():
+        raise UserError(f"{run} holds no checkpoint: pass weights=...")
     model = instantiate(cfg.model).to(where).eval()
+    if run:
+        return cfg, model, Checkpointer(model, run).resume_or_load("", resume=True)
     if not weights:
         return cfg, model, None
     return cfg, model, Checkpointer(model).load(os.fspath(weights), checkpointables=[])
@@ -188,10 +194,3 @@ def _metadata(cfg: DictConfig, num_classes: int, names: Sequence[str] | None) ->
     if list(names) == registered.get("thing_classes"):
         return registered  # with its colours and category ids
     return Metadata(thing_classes=list(names))
-
-
-def _last_checkpoint(folder: str | os.PathLike) -> str:
-    path = Checkpointer(nn.Module(), os.fspath(folder)).get_checkpoint_file()
-    if not path:
-        raise UserError(f"{folder} holds no checkpoint (no last_checkpoint file): pass weights=...")
-    return path

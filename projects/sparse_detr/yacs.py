@@ -18,13 +18,40 @@ theirs::
 
 from __future__ import annotations
 
+import argparse
+import logging
+
 import torch
 from detectron2.config import CfgNode, instantiate
-from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.solver.build import GradientClipType, maybe_add_gradient_clipping
 from torch import nn
 
-from .config import from_yacs
+from .config import from_yacs, unread_yacs_keys
+from .engine.checkpoint import fit_weights
+from .errors import UserError
 from .modeling import SetDetector  # the import registers the architectures
+
+logger = logging.getLogger(__name__)
+
+SetDetector.yacs_fit_weights = staticmethod(fit_weights)
+torch.serialization.add_safe_globals([argparse.Namespace])  # in many published files
+
+# What detectron2's own optimizers read, and this package's does not.
+_SGD_KEYS = ("MOMENTUM", "NESTEROV", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_BIAS", "BIAS_LR_FACTOR")
+
+
+def _explain_full_model(value: object) -> None:
+    """The answer to detectron2's search for a kind of gradient clipping that it does not have."""
+    if value == "full_model":
+        raise UserError(
+            "SOLVER.CLIP_GRADIENTS.CLIP_TYPE=full_model is of sparse_detr.yacs.build_optimizer, and this "
+            "trainer builds detectron2's optimizer (SGD, with which these models do not learn). Two lines "
+            "are missing:\n    class Trainer(DefaultTrainer):\n"
+            "        build_optimizer = staticmethod(sparse_detr.yacs.build_optimizer)"
+        )
+
+
+GradientClipType._missing_ = staticmethod(_explain_full_model)
 
 
 def add_sparse_detr_config(cfg: CfgNode) -> None:
@@ -55,6 +82,8 @@ def build_optimizer(cfg: CfgNode, model: SetDetector) -> torch.optim.Optimizer:
     ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` may be "full_model": the norm over all parameters, as the
     published models are trained. detectron2's "norm" clips each parameter by itself.
     """
+    if unread := unread_yacs_keys(cfg, "SOLVER", _SGD_KEYS):
+        logger.warning("not read by this optimizer, AdamW of the model's config: %s", ", ".join(unread))
     detector: SetDetector = getattr(model, "module", model)  # DistributedDataParallel's
     recipe = from_yacs(cfg, detector.default_config).optimizer
     recipe.params.model = model

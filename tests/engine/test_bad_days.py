@@ -100,6 +100,37 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, steps):
         assert same(first[part], second[part]), part
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [(signal.SIGTERM, 143, "ended by SIGTERM"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_a_signal_to_the_whole_group_ends_a_run_in_good_order(tmp_path, number, status, said):
+    """As ``timeout``, SLURM and a terminal send it: also to the loader's worker process."""
+    data, folder = tmp_path / "data", tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", TINY]
+    command += [*overrides(data, folder), "train.max_iter=100000"]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "projects")},
+    )
+    deadline = time.monotonic() + 200
+    while len(rows(folder)) < 5 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == status, output
+    last = (folder / "last_checkpoint").read_text()
+    assert "Traceback" not in output and said in output
+    assert f"--resume goes on from {folder}/{last}" in output.splitlines()[-1]
+    if number == signal.SIGTERM:  # nothing is lost
+        assert torch.load(folder / last, weights_only=True)["iteration"] + 1 >= len(rows(folder))
+
+
 @pytest.fixture
 def truncated(tmp_path):
     """One sound JPEG, and one whose second half is missing."""

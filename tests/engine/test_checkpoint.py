@@ -71,6 +71,8 @@ def test_a_cut_checkpoint_falls_back_to_the_one_before(tmp_path, kept, caplog):
     with caplog.at_level("ERROR"):
         assert resumed(tmp_path) == 1
     assert "cannot read" in caplog.text and "model_0000019.pth" in caplog.text
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000009.pth"
+    assert not last.exists() and (tmp_path / "model_0000019.pth.unreadable").exists()
 
 
 def test_the_checkpoint_that_is_resumed_is_read_once(tmp_path, monkeypatch):
@@ -110,7 +112,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_alone(tmp_path, monkeypatch):
     monkeypatch.undo()
     message = str(error.value)
     assert f"cannot write the checkpoint {tmp_path}/model_0000009.pth" in message
-    assert "No space left" in message and re.search(r"\(\d+ MiB are free there\)", message)
+    assert "No space left" in message and re.search(
+        r"\(\d+ MiB are free there, \d+ MiB are needed\)", message
+    )
     assert "go on with --resume" in message
     assert resumed(tmp_path) == 1
     assert not list(tmp_path.glob("*.tmp"))

@@ -184,6 +184,29 @@ def test_torchvision_resnets_load_under_their_own_names(stride_in_1x1, tmp_path,
         torch.testing.assert_close(model.backbone(first)["res5"], image, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("msra_model", [False, True])
+@pytest.mark.parametrize("msra_weights", [False, True, None])
+def test_the_kind_of_a_resnet_is_told_by_its_norms(msra_model, msra_weights, tmp_path, caplog):
+    """In a file without a maker's name; None: norms as initialised, which do not tell."""
+    cfg = get_config("custom/dino_r50", ["model.num_classes=3"]).model
+    cfg.backbone.stages.stride_in_1x1 = msra_model
+    cfg.transformer.encoder.num_layers = cfg.transformer.decoder.num_layers = 1
+    model = instantiate(cfg)
+    backbone = {k: v.clone() for k, v in model.backbone.state_dict().items()}
+    for name, value in backbone.items():
+        if msra_weights is not None and name.endswith("norm.bias"):
+            value.normal_()
+        if msra_weights is False and name.endswith("running_mean"):
+            value.normal_()
+    torch.save(backbone, tmp_path / "backbone.pth")
+    with caplog.at_level(logging.INFO):
+        start(model, str(tmp_path / "backbone.pth"))
+    mixed_up = msra_weights is not None and msra_weights != msra_model
+    assert ("poor features" in caplog.text) == mixed_up
+    expects = f"expects weights of {'Caffe2' if msra_model else 'torchvision'}'s kind"
+    assert (expects in caplog.text) == (msra_weights is None)
+
+
 # File types
 
 

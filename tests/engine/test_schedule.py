@@ -52,6 +52,20 @@ def test_a_run_without_an_end_is_refused():
         RunLength.from_config(train_section(), 10, 1)
 
 
+@pytest.mark.parametrize("key", ["max_iter", "epochs"])
+def test_nothing_is_no_length(key):
+    """``max_iter=0`` does not stand for the epochs."""
+    train = train_section(**{"epochs": 12, key: 0})
+    with pytest.raises(ValueError, match=f"train.{key}=0 must be above 0, or null"):
+        RunLength.from_config(train, 1000, 10)
+
+
+@pytest.mark.parametrize(("images", "period"), [(17, 204), (200, 200), (120, 240), (7393, 7393)])
+def test_checkpoints_of_short_epochs_are_some_hundred_iterations_apart(images, period):
+    run = RunLength.from_config(train_section(epochs=100), images, 1)
+    assert (run.eval_period, run.checkpoint_period) == (images, period)
+
+
 RUN = RunLength(max_iter=120, epoch_iters=10.0, eval_period=0, checkpoint_period=10)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -200,6 +201,20 @@ with FakeTensorMode():
 """
     line, _ = finish(call(code=code))
     assert line == "(1, 5, 6) not built" and not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_what_was_built_earlier_is_not_called_not_built(monkeypatch, tmp_path):
+    library = tmp_path / "library.so"
+    plan = SimpleNamespace(library=library, folder=tmp_path)
+    monkeypatch.setattr(build, "_loaded", {})
+    monkeypatch.setattr(build, "_failed", {})
+    monkeypatch.setattr(build, "mode", lambda: "auto")
+    monkeypatch.setattr(build.Plan, "make", lambda device_type: plan)
+    status = build.status("cpu")
+    assert status.backend == "not built" and "will be built at the first call" in status.reason
+    library.touch()
+    status = build.status("cpu")
+    assert status.backend == "not loaded" and status.reason.endswith("built earlier")
 
 
 def test_a_compiler_that_fails_means_plain_pytorch_and_its_message(call, sources, tmp_path):

@@ -28,11 +28,17 @@ from .fine_tune import (
     backbone_names,
     class_counts,
     other_class_counts,
+    resnet_kind,
     resnet_mismatch,
+    resnet_origin,
 )
 from .weights import WeightsError, read_npz, read_pickle, read_safetensors, read_torch
 
 _READERS = {".npz": read_npz, ".pkl": read_pickle, ".safetensors": read_safetensors}
+
+
+class WriteError(UserError, OSError):
+    """A checkpoint cannot be written."""
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -78,11 +84,15 @@ class Checkpointer(DetectionCheckpointer):
             with replacing(path) as partial:
                 torch.save(data, partial)
         except (OSError, RuntimeError) as error:  # torch's own writer knows no OSError
-            free = shutil.disk_usage(self.save_dir).free / 2**20
-            raise OSError(
+            free, needed = shutil.disk_usage(self.save_dir).free / 2**20, _num_bytes(data) / 2**20
+            raise WriteError(
                 f"cannot write the checkpoint {path}: {str(error).splitlines()[0]} "
-                f"({free:.0f} MiB are free there). The checkpoints before it are untouched: "
-                "make room, then go on with --resume"
+                f"({free:.0f} MiB are free there, {needed:.0f} MiB are needed). "
+                + (
+                    "The checkpoints before it are untouched: make room, then go on with --resume"
+                    if run_checkpoints(self.save_dir)
+                    else "There is no checkpoint before it: make room, then start again"
+                )
             ) from error
         if self.checkpointables:  # a run can go on from it
             self.tag_last_checkpoint(os.path.basename(path))
@@ -97,8 +107,15 @@ class Checkpointer(DetectionCheckpointer):
     def has_checkpoint(self) -> bool:
         return bool(self._candidates())
 
+    def newest(self) -> str:
+        """The file that ``resume_or_load`` would try first; empty if there is none."""
+        return next(iter(self._candidates()), "")
+
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Loads the newest readable checkpoint of the run if ``resume``, else ``path``'s weights.
+
+        A run that goes on (not who only reads it) sets those aside that it has found broken, as
+        ``<name>.unreadable``, and names the one that it took in ``last_checkpoint``.
 
         Raises:
             ValueError: ``resume``, and none of the checkpoints that are there can be read, or the
@@ -110,7 +127,7 @@ class Checkpointer(DetectionCheckpointer):
         candidates = self._candidates() if resume else []
         if not candidates:
             return self.load(path, checkpointables=[])
-        for candidate in candidates:
+        for number, candidate in enumerate(candidates):
             try:
                 self._content = read_torch(candidate)
             except WeightsError as error:
@@ -118,9 +135,15 @@ class Checkpointer(DetectionCheckpointer):
                 continue
             self.fine_tune = False
             try:
-                return self.load(candidate)
+                loaded = self.load(candidate)
             except ValueError as error:
                 raise UserError(f"{candidate}: {error}") from error
+            if number and self.checkpointables and self.save_to_disk:
+                for broken in candidates[:number]:
+                    os.replace(broken, f"{broken}.unreadable")
+                    self.logger.warning("set aside as %s.unreadable, which may be deleted", broken)
+                self.tag_last_checkpoint(os.path.basename(candidate))
+            return loaded
         raise UserError(
             f"none of the checkpoints in {self.save_dir} can be read "
             f"({', '.join(map(os.path.basename, candidates))}): "
@@ -172,26 +195,44 @@ class Checkpointer(DetectionCheckpointer):
             del average["n_averaged"]  # the other names have the prefix "module."
             checkpoint["model"] = average
         if not checkpoint.get("matching_heuristics"):  # detectron2's, of names by their ends
-            weights = {k.removeprefix("module."): v for k, v in checkpoint["model"].items()}
-            weights, origin = self._renamed(weights)
+            weights, origin = self.fitted(checkpoint["model"], checkpoint.get("class_names"))
             checkpoint.update(model=weights, __author__=origin)
-            if self.fine_tune:
-                if done := adapt_classes(weights, self.model):
-                    self.logger.warning(done)
-            else:
-                self._check_shapes(weights, checkpoint.get("class_names"))
             self._check_names(checkpoint.get("class_names"))
-        if problem := resnet_mismatch(self.model, checkpoint.get("__author__")):
+        origin = checkpoint.get("__author__")
+        if origin not in ("torchvision", "Caffe2"):
+            origin = resnet_origin(checkpoint["model"])
+        if problem := resnet_mismatch(self.model, origin):
             self.logger.warning(problem)
+        elif origin is None and self.fine_tune and (kind := resnet_kind(self.model)):
+            self.logger.info(
+                "the model expects weights of %s's kind of ResNet, and the file does not tell whose it has",
+                kind,
+            )
         if any(name.startswith("transformer.") for name in checkpoint["model"]):
             self._tell_sizes(checkpoint.get("exact_sizes", False))
         loaded = super()._load_model(checkpoint)
         missing = {*loaded.missing_keys, *(name for name, *_ in loaded.incorrect_shapes)}
-        self._check_missing(missing)
+        self.check_missing(missing)
         if missing == {n for n in self.model.state_dict() if not n.startswith("backbone.")}:
             self.logger.info("the weights are a backbone's: the rest of the model starts anew")
             loaded.missing_keys.clear()  # said in one line
         return loaded
+
+    def fitted(
+        self, weights: dict[str, Any], class_names: list[str] | None = None
+    ) -> tuple[dict[str, Any], str | None]:
+        """``weights`` under the model's names and in its shapes, and whose kind of ResNet they hold,
+        if that is known.
+
+        Raises:
+            UserError: they have other shapes; or other classes, and no training is to start from them.
+        """
+        weights, origin = self._renamed({k.removeprefix("module."): v for k, v in weights.items()})
+        if not self.fine_tune:
+            self._check_shapes(weights, class_names)
+        elif done := adapt_classes(weights, self.model):
+            self.logger.warning(done)
+        return weights, origin
 
     def _tell_sizes(self, trained_exact: bool) -> None:
         """Says so where a detector's weights were trained with other reference points."""
@@ -264,7 +305,8 @@ class Checkpointer(DetectionCheckpointer):
             )
         self.logger.warning("fine-tuning for other classes, or in another order: %s", differ)
 
-    def _check_missing(self, missing: set[str]) -> None:
+    def check_missing(self, missing: set[str]) -> None:
+        """Raises a ``UserError`` where too much of the model would stay as it was initialised."""
         if not self.fine_tune:
             needed = sorted(name for name in missing if not name.startswith(training_only(self.model)))
             if needed:
@@ -275,9 +317,35 @@ class Checkpointer(DetectionCheckpointer):
                 )
         elif missing >= {name for name, _ in self.model.named_parameters()}:
             raise UserError(
-                "train.init_checkpoint: not one of its tensors fits the model, so training would "
-                "start from nothing; leave it empty if that is what you want"
+                "train.init_checkpoint (yacs: MODEL.WEIGHTS): not one of its tensors fits the model, so "
+                "training would start from nothing; leave it empty if that is what you want"
             )
+
+
+def fit_weights(model: nn.Module, weights: dict[str, Any]) -> None:
+    """Brings what detectron2's checkpointer loads, in place, to what ``Checkpointer`` would load.
+
+    A model in training mode is to be trained from the weights, another one is to predict with them.
+
+    Raises:
+        UserError: the weights are not the model's, or not all of them.
+    """
+    checkpointer = Checkpointer(model, fine_tune=model.training)
+    fitted, _ = checkpointer.fitted(weights)
+    checkpointer.check_missing(model.state_dict().keys() - fitted.keys())
+    weights.clear()
+    weights.update(fitted)
+
+
+def _num_bytes(content: Any) -> int:
+    """Of the tensors in nested dicts and lists."""
+    if isinstance(content, torch.Tensor):
+        return content.numel() * content.element_size()
+    if isinstance(content, dict):
+        content = content.values()
+    elif not isinstance(content, list | tuple):
+        return 0
+    return sum(map(_num_bytes, content))
 
 
 def training_only(model: nn.Module) -> tuple[str, ...]:

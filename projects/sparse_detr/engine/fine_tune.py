@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from ..modeling.denoising import ContrastiveDenoising
@@ -82,10 +83,9 @@ def resnet_mismatch(model: nn.Module, origin: str | None) -> str:
         origin: "torchvision" (stride in the 3x3 convolution, RGB) or "Caffe2" (detectron2's MSRA
             files: stride in the 1x1 convolution, BGR); others are not known.
     """
-    block = next(iter(getattr(getattr(model, "backbone", None), "res3", ())), None)
-    if block is None or not hasattr(block, "conv3") or origin not in ("torchvision", "Caffe2"):
+    built = resnet_kind(model)
+    if built is None or origin not in ("torchvision", "Caffe2"):
         return ""
-    built = "Caffe2" if max(block.conv1.stride) == 2 else "torchvision"
     return (
         ""
         if built == origin
@@ -95,6 +95,32 @@ def resnet_mismatch(model: nn.Module, origin: str | None) -> str:
             "poor features. configs/models/backbones.py has both kinds"
         )
     )
+
+
+def resnet_kind(model: nn.Module) -> str | None:
+    """Whose kind of ResNet-50/101 the model has: "torchvision", "Caffe2", or None."""
+    block = next(iter(getattr(getattr(model, "backbone", None), "res3", ())), None)
+    if block is None or not hasattr(block, "conv3"):
+        return None
+    return "Caffe2" if max(block.conv1.stride) == 2 else "torchvision"
+
+
+def resnet_origin(weights: Mapping[str, object]) -> str | None:
+    """Whose kind of ResNet the weights are, by their norms; None if these do not tell.
+
+    Caffe2's statistics have been merged into scale and bias: the stored means are 0. torchvision's are
+    those of its training. Norms without a bias, too, have not been trained.
+    """
+    of_resnet = re.compile(r"(^|\.)(stem|conv1|bn1|res[2-5]|layer[1-4])\.")
+    norms: dict[str, list[Tensor]] = {
+        name: [torch.as_tensor(v) for k, v in weights.items() if k.endswith(name) and of_resnet.search(k)]
+        for name in (".running_mean", "norm.bias")
+    }
+    if any(bool(mean.any()) for mean in norms[".running_mean"]):
+        return "torchvision"
+    if norms[".running_mean"] and any(bool(bias.any()) for bias in norms["norm.bias"]):
+        return "Caffe2"
+    return None
 
 
 def backbone_names(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor] | None:

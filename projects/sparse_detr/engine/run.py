@@ -4,9 +4,12 @@ import argparse
 import copy
 import logging
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import yaml
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import create_ddp_model, default_setup, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
@@ -23,6 +26,7 @@ from .checkpoint import Checkpointer, replacing
 from .checks import check_folder, check_model, check_own_data, check_periods, class_names, has_test_set
 from .ema import ModelEMA
 from .schedule import RunLength, build_lr_multiplier, build_optimizer
+from .signals import EXIT_STATUS, StopOnRequest, make_workers_patient, sigterm_stops
 from .trainer import Trainer, amp_dtype, training_sampler
 from .writers import build_writers
 
@@ -47,6 +51,7 @@ def setup(cfg: DictConfig, args: argparse.Namespace) -> None:
         if config is not None and comm.is_main_process():
             with replacing(str(written)) as partial:
                 Path(partial).write_bytes(config)
+    logging.raiseExceptions = False  # a log that cannot be written, on a full disk, is not what matters then
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="sparse_detr")
 
 
@@ -103,6 +108,10 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, float
         cfg: sections ``model``, ``dataloader``, ``optimizer``, ``lr_multiplier`` and ``train``.
         resume: continue from the last checkpoint of ``train.output_dir``, if there is one; without
             it, one that is there is an error.
+
+    Raises:
+        SystemExit: SIGTERM has ended the run; a checkpoint was written, status 143.
+        KeyboardInterrupt: with how to go on as its message.
     """
     if not resume:
         check_folder(cfg.train.output_dir)
@@ -122,11 +131,36 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, float
     loaded = checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     start_iter = loaded.get("iteration", -1) + 1 if resume else 0
     if comm.is_main_process():
+        if resume:
+            _log_changes(cfg)
         _save_config(cfg, trainer.seed)
-    trainer.train(start_iter, data.run.max_iter)
-    if trainer.stopped and trainer.steps:
-        checkpointer.save("model_final", iteration=trainer.iter)
+    make_workers_patient(data.loader)
+    if data.evaluation is not None:
+        make_workers_patient(data.evaluation.loader)
+    try:
+        with sigterm_stops(trainer):
+            trainer.train(start_iter, data.run.max_iter)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_go_on(checkpointer)) from None
+    last = start_iter + trainer.steps - 1
+    if trainer.stop_requested and trainer.stopped:
+        written = last + 1 == data.run.max_iter or os.path.isfile(
+            os.path.join(cfg.train.output_dir, f"model_{last:07d}.pth")
+        )
+        if trainer.steps and not written:
+            checkpointer.save(f"model_{last:07d}", iteration=last)
+        logger.info("ended by SIGTERM: %s", _how_to_go_on(checkpointer))
+        raise SystemExit(EXIT_STATUS)
+    final = os.path.join(cfg.train.output_dir, "model_final.pth")
+    if (trainer.stopped and trainer.steps) or not os.path.isfile(final):  # or found broken, and set aside
+        checkpointer.save("model_final", iteration=last)
     return results
+
+
+def _how_to_go_on(checkpointer: Checkpointer) -> str:
+    if newest := checkpointer.newest():
+        return f"--resume goes on from {newest}"
+    return "there is no checkpoint yet to go on from"
 
 
 class TrainingData:
@@ -223,11 +257,16 @@ def _register_hooks(
         keep = train.checkpointer.max_to_keep
         trainer.register_hooks([_PeriodicCheckpointer(checkpointer, period, max_to_keep=keep)])
 
+    trainer.register_hooks([StopOnRequest()])
     results: dict[str, dict[str, float]] = {}
     if (evaluation := data.evaluation) is not None:
 
         def evaluate_now() -> dict[str, dict[str, float]]:
-            results.update(evaluation(evaluated))
+            trainer.between_steps = True
+            try:
+                results.update(evaluation(evaluated))
+            finally:
+                trainer.between_steps = False
             return results
 
         trainer.register_hooks([hooks.EvalHook(run.eval_period, evaluate_now)])
@@ -247,6 +286,38 @@ def _register_hooks(
         writers = build_writers(train.output_dir, run.max_iter, run.epoch_iters, wandb)
         trainer.register_hooks([hooks.PeriodicWriter(writers, train.log_period)])
     return results
+
+
+def _log_changes(cfg: DictConfig) -> None:
+    """Says where ``cfg`` is not the config.yaml that the run has had so far."""
+    path = os.path.join(cfg.train.output_dir, "config.yaml")
+    if not os.path.isfile(path):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        LazyConfig.save(cfg, now := os.path.join(folder, "config.yaml"))
+        before, after = (dict(_leaves(_plain_config(file))) for file in (path, now))
+    own = ("train.seed", "train.output_dir")  # told elsewhere, and where the folder lies
+    changes = [
+        f"{key} {before.get(key)} -> {after.get(key)}"
+        for key in [*after, *(before.keys() - after.keys())]
+        if before.get(key) != after.get(key) and key not in own
+    ]
+    if changes:
+        logger.warning("the run goes on with another config: %s", ", ".join(changes))
+
+
+def _plain_config(file: str) -> object:
+    with open(file) as opened:
+        return yaml.unsafe_load(opened)  # the run's own, as LazyConfig.load reads it
+
+
+def _leaves(node: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """The dotted keys of nested dicts and their values; lists are values."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, node
 
 
 def _save_config(cfg: DictConfig, seed: int) -> None:

@@ -21,6 +21,9 @@ from ..errors import UserError
 
 logger = logging.getLogger(__name__)
 
+# At the least between two checkpoints where the config leaves it to the epochs: one has some 0.5 GB.
+CHECKPOINT_ITERS = 200
+
 
 @dataclass(frozen=True)
 class RunLength:
@@ -39,9 +42,13 @@ class RunLength:
 
         Args:
             train: uses ``max_iter`` (iterations; wins if it is set), else ``epochs``;
-                ``eval_period`` and ``checkpointer.period`` (iterations; None: once per epoch).
+                ``eval_period`` and ``checkpointer.period`` (iterations; None: once per epoch,
+                checkpoints after the first epoch that ends ``CHECKPOINT_ITERS`` or more behind the last).
             num_images, total_batch_size: of the training set; None if the loader does not tell.
         """
+        for name in ("max_iter", "epochs"):
+            if train[name] is not None and train[name] <= 0:
+                raise UserError(f"train.{name}={train[name]} must be above 0, or null")
         if num_images and total_batch_size:
             epoch_iters = num_images / total_batch_size
         elif train.max_iter:
@@ -60,7 +67,11 @@ class RunLength:
             max_iter=int(max_iter),
             epoch_iters=epoch_iters,
             eval_period=epoch if train.eval_period is None else int(train.eval_period),
-            checkpoint_period=epoch if train.checkpointer.period is None else int(train.checkpointer.period),
+            checkpoint_period=(
+                epoch * math.ceil(CHECKPOINT_ITERS / epoch)
+                if train.checkpointer.period is None
+                else int(train.checkpointer.period)
+            ),
         )
 
 

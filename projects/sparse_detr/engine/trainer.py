@@ -3,11 +3,13 @@
 import contextlib
 import logging
 import math
+import re
 import time
 
 import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
@@ -64,6 +66,9 @@ class Trainer(SimpleTrainer):
     Attributes:
         stopped: a hook has ended the run early.
         steps: iterations done by the last ``train``.
+        stop_requested: set it to ask for an end after the step under way, see ``signals.py``.
+        stop_requested_anywhere: it was set in one of the processes, as of the last step.
+        between_steps: something else than training goes on, such as an evaluation.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class Trainer(SimpleTrainer):
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=amp == torch.float16)
         self.stopped = False
         self.steps = 0
+        self.stop_requested = self.stop_requested_anywhere = self.between_steps = False
 
     def train(self, start_iter: int, max_iter: int) -> None:
         """Runs iterations [start_iter, max_iter), or fewer if a hook raises ``StopTraining``."""
@@ -101,12 +107,50 @@ class Trainer(SimpleTrainer):
                 "the data loader cannot be moved to iteration %d: its order starts anew", start_iter
             )
         try:
-            super().train(start_iter, max_iter)
+            self._train(start_iter, max_iter)
         except StopTraining as reason:
             self.stopped = True
             logger.info(
                 "training stops after %d of %d iterations: %s", start_iter + self.steps, max_iter, reason
             )
+
+    def _train(self, start_iter: int, max_iter: int) -> None:
+        """detectron2's ``TrainerBase.train``, which would bury what a user has to mend under tracebacks."""
+        self.iter = self.start_iter = start_iter
+        self.max_iter = max_iter
+        with EventStorage(start_iter) as self.storage:
+            try:
+                self.before_train()
+                for self.iter in range(start_iter, max_iter):
+                    self.before_step()
+                    self.run_step()
+                    self.after_step()
+                self.iter += 1
+            except StopTraining:
+                self.after_train()
+                raise
+            except BaseException as error:
+                if isinstance(error, Exception) and not isinstance(error, UserError):
+                    logger.exception("Exception during training:")
+                with contextlib.suppress(Exception):  # what fails as well, as on a full disk
+                    self.after_train()
+                raise
+            self.after_train()
+
+    def _next_batch(self) -> list[dict]:
+        try:
+            return next(self._data_loader_iter)
+        except Exception as error:
+            # A worker's exception arrives as text, with its traceback.
+            told = re.search(r"cannot read training image .*", str(error))
+            if told is None:
+                raise
+            logger.error(told[0])
+            if re.search(
+                r"OSError|UnidentifiedImageError|SizeMismatchError|DecompressionBomb", _cause(error)
+            ):
+                raise UserError(f"{told[0]}. Replace the file, or take it out of the annotations") from error
+            raise
 
     @property
     def _sampler(self) -> TrainingBatchSampler | None:
@@ -115,7 +159,7 @@ class Trainer(SimpleTrainer):
     def run_step(self) -> None:
         assert self.model.training, "the model was left in eval mode"
         start = time.perf_counter()
-        batch = next(self._data_loader_iter)
+        batch = self._next_batch()
         data_time = time.perf_counter() - start
 
         seed_everything(self.seed, comm.get_rank(), self.iter)
@@ -187,15 +231,16 @@ class Trainer(SimpleTrainer):
             bad = [part for part, row in zip(parts, rows) if not all(map(math.isfinite, row))]
             lines = self._findings(found, bad or parts)
 
-        gathered = comm.all_gather((own, data_time, lines))
-        if any(lines for *_, lines in gathered):
-            raise self._not_finite([line for *_, lines in gathered for line in lines])
+        gathered = comm.all_gather((own, data_time, lines, self.stop_requested))
+        if any(lines for _, _, lines, _ in gathered):
+            raise self._not_finite([line for _, _, lines, _ in gathered for line in lines])
 
+        self.stop_requested_anywhere = any(requested for *_, requested in gathered)
         mean = {name: sum(losses[name] for losses, *_ in gathered) / len(gathered) for name in own}
         self.storage.put_scalars(
             total_loss=sum(mean.values()),
             grad_norm=grad_norm,
-            data_time=max(seconds for _, seconds, _ in gathered),
+            data_time=max(seconds for _, seconds, *_ in gathered),
             **mean,
         )
 
@@ -294,6 +339,12 @@ def _settings(group: dict) -> dict:
     """A parameter group's settings; its learning rate before the schedule's multiplier."""
     settings = {name: value for name, value in group.items() if name not in ("params", "initial_lr")}
     return {**settings, "lr": group.get("initial_lr", group["lr"])}
+
+
+def _cause(error: BaseException) -> str:
+    """The types of an exception and of what caused it; of a worker's, its traceback."""
+    causes = [error, error.__cause__] if error.__cause__ else [error]
+    return " ".join([*(kind.__name__ for e in causes for kind in type(e).__mro__), str(error)])
 
 
 def _name(entry: dict) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, detector_postprocess
-from detectron2.structures import ImageList
+from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -24,6 +26,8 @@ from .matcher import Target
 from .postprocess import detections
 from .tokens import exact_extents
 from .transformer import DetectionTransformer, TransformerOutput
+
+logger = logging.getLogger(__name__)
 
 
 class SetDetector(nn.Module):
@@ -41,9 +45,14 @@ class SetDetector(nn.Module):
         pad_features: backbone and neck see each image without padding, which then goes around their
             maps; an image's maps do not depend on its batch. False pads the images, as published.
         size_divisibility: pad images to a multiple of this; 0: to the batch's largest only.
+        fit_weights: called with the model and the weights that ``load_state_dict`` gets, which it may
+            change in place.
     """
 
     default_config = ""  # shipped config behind the yacs name, see ``from_config``
+    # What models of a yacs config read weights with, see ``yacs.py``; detectron2's checkpointer would
+    # leave a model of other names as it was initialised, with log lines alone.
+    yacs_fit_weights: Callable[[nn.Module, dict[str, Any]], None] | None = None
     pixel_mean: Tensor  # (3, 1, 1)
     pixel_std: Tensor  # (3, 1, 1)
 
@@ -64,6 +73,7 @@ class SetDetector(nn.Module):
         exact_sizes: bool = False,
         pad_features: bool = False,
         size_divisibility: int = 0,
+        fit_weights: Callable[[nn.Module, dict[str, Any]], None] | None = None,
     ):
         super().__init__()
         if transformer.heads.num_classes != num_classes:
@@ -88,6 +98,7 @@ class SetDetector(nn.Module):
         self.exact_sizes = exact_sizes
         self.pad_features = pad_features
         self.size_divisibility = size_divisibility
+        self.fit_weights = fit_weights
         shapes = backbone.output_shape()
         self.strides = [shapes[name].stride for name in in_features]
         self.strides += [
@@ -100,7 +111,13 @@ class SetDetector(nn.Module):
     def from_config(cls, cfg: CfgNode) -> dict:
         """Constructor arguments for users of ``MODEL.META_ARCHITECTURE``; see ``yacs.py``."""
         model = from_yacs(cfg, cls.default_config).model
-        return {name: instantiate(value) for name, value in model.items() if name != "_target_"}
+        arguments = {name: instantiate(value) for name, value in model.items() if name != "_target_"}
+        return {"fit_weights": cls.yacs_fit_weights, **arguments}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.fit_weights is not None and not prefix:
+            self.fit_weights(self, state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def device(self) -> torch.device:
@@ -122,13 +139,25 @@ class SetDetector(nn.Module):
             ``{"instances": Instances}`` with ``pred_boxes`` in output pixels, ``scores`` and
             ``pred_classes``.
         """
-        images = self.preprocess(batched_inputs)
         if self.training:
+            images = self.preprocess(batched_inputs)
             targets = self.targets(batched_inputs)
             output = self.detect(images, targets)
             return self.losses(output, targets, part)
+        # Some encoders look at the whole batch: such an image must not reach them.
+        broken = [
+            index
+            for index, entry in enumerate(batched_inputs)
+            if entry["image"].is_floating_point() and not entry["image"].isfinite().all()
+        ]
+        pixels = [
+            {"image": torch.zeros_like(entry["image"]) if index in broken else entry["image"]}
+            for index, entry in enumerate(batched_inputs)
+        ]
+        images = self.preprocess(pixels)
         output = self.detect(images)
         results = detections(output.logits, output.boxes, images.image_sizes, self.max_detections)
+        results = self._without_broken(results, batched_inputs, broken)
         return [
             {
                 "instances": detector_postprocess(
@@ -137,6 +166,36 @@ class SetDetector(nn.Module):
             }
             for result, entry, size in zip(results, batched_inputs, images.image_sizes)
         ]
+
+    def _without_broken(
+        self, results: list[Instances], batched_inputs: list[dict], broken: list[int]
+    ) -> list[Instances]:
+        """No detections for an image whose pixels (``broken``) or results are NaN or Inf, and a warning
+        that names it.
+
+        Raises:
+            FloatingPointError: it is the weights that are not finite.
+        """
+        sound = torch.stack(
+            [r.scores.isfinite().all() & r.pred_boxes.tensor.isfinite().all() for r in results]
+        ).tolist()
+        for index, entry in enumerate(batched_inputs):
+            if sound[index] and index not in broken:
+                continue
+            weights = [name for name, p in self.named_parameters() if not p.isfinite().all()]
+            if weights:
+                raise FloatingPointError(
+                    f"{len(weights)} of the model's weights are not finite ({', '.join(weights[:3])}, ...): "
+                    "it detects nothing. Take a checkpoint from before"
+                )
+            logger.warning(
+                "image %s (%s): %s not finite (NaN or Inf); it gets no detections",
+                entry.get("image_id", "without an id"),
+                entry.get("file_name", "without a file name"),
+                "its pixels are" if index in broken else "the model's results are",
+            )
+            results[index] = results[index][:0]
+        return results
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise, then pad with zeros at the right and bottom to the largest of the batch.
@@ -152,6 +211,8 @@ class SetDetector(nn.Module):
 
     def detect(self, images: ImageList, targets: list[Target] | None = None) -> TransformerOutput:
         """Everything between the normalised batch and the predictions."""
+        if self.pixel_mean.dtype in (torch.float16, torch.bfloat16):
+            self._check_autocast()
         sizes = [(height, width) for height, width in images.image_sizes]
         padded = images.tensor.shape[-2], images.tensor.shape[-1]
         if self.pad_features and any(size != sizes[0] for size in sizes[1:]):
@@ -160,6 +221,16 @@ class SetDetector(nn.Module):
             maps = self.neck(self._features(images.tensor))
             masks = self._masks(maps, sizes, padded)
         return self._transform(maps, masks, sizes, any(size != padded for size in sizes), targets)
+
+    def _check_autocast(self) -> None:
+        """A model that was cast as a whole: coordinates need more digits than half precision has."""
+        if not torch.is_autocast_enabled(self.device.type):
+            raise UserError(
+                f"the model was cast to {self.pixel_mean.dtype}, in which boxes have too few digits: leave "
+                "it in float32 and use mixed precision, Predictor(..., dtype=torch.bfloat16), or around the "
+                f'call torch.autocast("{self.device.type}", dtype=torch.bfloat16); in training '
+                "train.amp.enabled=true"
+            )
 
     def decode(
         self,
