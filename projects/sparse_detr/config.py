@@ -148,7 +148,7 @@ def resolve_classes(cfg: DictConfig) -> None:
     source = data.train_json or data.val_json
     given = cfg.model.num_classes
     stored = data.classes is not None
-    if not stored and (source if given is None else os.path.isfile(source or "")):
+    if not stored and (source if given is None else os.path.isfile(str(source or ""))):
         from .data import category_names
 
         data.classes = [_as_text(name) for name in category_names(source)]

@@ -25,12 +25,10 @@ logger = logging.getLogger(__name__)
 _PROGRESS_SECONDS = 10.0
 
 
-# Keys of a config and what they are where it, or there being none, leaves them out.
-LIMITS = {
-    "dataloader.evaluator.max_dets_per_image": 100,
-    "model.max_detections": 100,
-    "model.transformer.query_selection.num_queries": 300,
-}
+# How many objects are evaluated, detected and matched: keys of a config, and what they are where it,
+# or there being none, leaves them out. The first counts per image and class, the others per image.
+_EVALUATED = "dataloader.evaluator.max_dets_per_image"
+LIMITS = {_EVALUATED: 100, "model.max_detections": 100, "model.transformer.query_selection.num_queries": 300}
 
 
 def category_names(json_file: str) -> list[str]:
@@ -52,7 +50,7 @@ def check_data(
     Call it in every process: the main one looks, and all raise what it finds.
 
     Args:
-        limits: how many objects of an image are evaluated, detected and matched; see ``LIMITS``.
+        limits: how many objects are evaluated, detected and matched; keys as in ``LIMITS``.
 
     Raises:
         ValueError: names everything that must be mended.
@@ -295,22 +293,30 @@ def _check_boxes(report: Report, evaluated: bool) -> None:
 
 def _check_numbers(report: Report, limits: Mapping[str, int]) -> None:
     """Objects per image, against what can be matched, detected and counted."""
-    counts = Counter(record_id(a, "image_id") for a in report.content["annotations"] if not a.get("iscrowd"))
-    lowest = min(limits.values(), default=None)
-    if lowest is None:
+    objects = [a for a in report.content["annotations"] if not a.get("iscrowd")]
+    names = {record_id(i): i.get("file_name") for i in report.content["images"]}
+    per_image = Counter(record_id(a, "image_id") for a in objects)
+    per_class: Counter = Counter()  # of the most frequent class in each image
+    for (image, _), count in Counter(
+        (record_id(a, "image_id"), record_id(a, "category_id")) for a in objects
+    ).items():
+        per_class[image] = max(per_class[image], count)
+
+    def above(image: int | str) -> bool:
+        counts = {key: (per_class if key == _EVALUATED else per_image)[image] for key in limits}
+        return any(counts[key] > limit for key, limit in limits.items())
+
+    crowded = [image for image in names if image is not None and above(image)]
+    if not crowded:
         return
-    crowded = [
-        f"{i.get('file_name')}: {counts[record_id(i)]}"
-        for i in report.content["images"]
-        if record_id(i) is not None and counts[record_id(i)] > lowest
-    ]
-    most = max((counts[record_id(i)] for i in report.content["images"]), default=0)
+    most, of_a_class = (max(counts[image] for image in crowded) for counts in (per_image, per_class))
     report.add(
-        f"images with more objects than the limits allow (most: {most})",
-        crowded,
-        "all above can only be missed; a limit of "
-        + ", ".join(f"{value} is {key}" for key, value in limits.items())
-        + f": raise those below {most}",
+        "images with more objects than the limits allow",
+        [f"{names[image]}: {per_image[image]}" for image in crowded],
+        "those above can only be missed. The limits are "
+        + ", ".join(f"{key}={limit}" for key, limit in limits.items())
+        + f": raise them to {most}, the most of an image ({of_a_class} of one class, which is what the "
+        "evaluator's limit counts)",
     )
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
@@ -60,14 +60,17 @@ def _format_problem(content: object) -> str | None:
 
 
 def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
-    return names.get(type(value), f"a {type(value).__name__}")
+    if isinstance(value, Mapping):
+        return "an object"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "a list"
+    return {str: "a text", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
 
 
 def check_path(path: object, what: str, advice: str) -> None:
     """Raises a UserError for what is not one path, such as a list of paths."""
     if not isinstance(path, str | os.PathLike):
-        raise UserError(f"expected the path of one {what}, got {path!r} ({type(path).__name__}): {advice}")
+        raise UserError(f"expected the path of one {what}, got {_kind(path)}: {path!r}; {advice}")
 
 
 def load_coco(json_file: str, image_root: str, name: str | None = None) -> list[dict]:

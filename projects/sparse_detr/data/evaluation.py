@@ -21,7 +21,7 @@ class NumberedCOCO(COCO):
 
     def __init__(self, json_file: str) -> None:
         super().__init__()
-        with open(json_file, encoding="utf-8-sig") as file:
+        with open(json_file, encoding="utf-8-sig") as file:  # as read_annotations; test sets may have none
             self.dataset, self.image_numbers, self.category_numbers = numbered(json.load(file))
         self.createIndex()
 
@@ -48,9 +48,9 @@ class FastCOCOEvaluator(COCOEvaluator):
     Args:
         dataset_name: a registered data set; a list of one is that one.
         fast: use faster-coco-eval. None: if it is installed; False: the official implementation.
-        max_dets_per_image: detections per image that count for AP, those of the highest scores. COCO
-            has 100; on images with more objects the others can only be missed. A list of three, such
-            as [1, 10, 300], also sets the limits of the first two average recalls.
+        max_dets_per_image: detections of a class in an image that count for AP, those of the highest
+            scores. COCO has 100; where there are more objects the others can only be missed. A list
+            of three, such as [1, 10, 300], also sets the limits of the first two average recalls.
         kwargs: of ``COCOEvaluator``.
     """
 
@@ -98,17 +98,20 @@ def detection_limits(value: int | Sequence[int] | None) -> list[int]:
     """
     if value is None:
         return [1, 10, 100]
-    limits = [1, 10, value] if isinstance(value, int) else value
-    whole = not isinstance(limits, str) and isinstance(limits, Sequence) and len(limits) == 3
-    whole = whole and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in limits)
-    if not whole or (limits is value and list(limits) != sorted(set(limits))):
-        raise UserError(
-            f"dataloader.evaluator.max_dets_per_image={value!r}: expected a positive integer such as 300, "
-            "or three in ascending order such as [1,10,300], of which AP takes the last"
-        )
-    if limits is not value and value <= 10:  # an integer below COCO's other two limits
-        return [1, min(value, 10), value]
-    return list(limits)
+    if _is_count(value):
+        return [1, min(value, 10), value]  # type: ignore[type-var, list-item]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        limits = list(value)
+        if len(limits) == 3 and all(map(_is_count, limits)) and limits == sorted(set(limits)):
+            return limits
+    raise UserError(
+        f"dataloader.evaluator.max_dets_per_image={value!r}: expected a positive integer such as 300, "
+        "or three in ascending order such as [1,10,300], of which AP takes the last"
+    )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _single_name(names: str | Sequence[str]) -> str:
