@@ -150,7 +150,7 @@ def test_the_ground_truth_scores_100_and_training_reads_every_box(fault, fast, t
     assert sorted(map(repr, found)) == sorted(map(repr, truth))  # in the file's own ids
 
 
-AREAS = [None, "1200", -1200, 0, float("nan"), float("inf"), [1200], True, 10**400]
+AREAS = [None, "1200", -1200, 0, float("nan"), float("inf"), [1200], True, HUGE, 10**400]
 
 
 @pytest.mark.parametrize("area", AREAS, ids=lambda area: repr(area)[:9])
@@ -160,7 +160,10 @@ def test_an_area_that_is_none_becomes_the_boxs(area, fast, tmp_path, caplog):
     coco["annotations"][1]["bbox"] = [50, 20, 10, 10]  # the one small box
     json_file, images = write(tmp_path, coco)
     check_data((json_file, images))
-    assert "whose area is not a positive finite number: 3 (annotation 1 of image 1: " in remarks(caplog)
+    assert (
+        "whose area is not a positive finite number (at most 1e10): 3 (annotation 1 of image 1: "
+        in remarks(caplog)
+    )
     records = coco_dataset(names=NAME, json_file=json_file, image_root=images)
     results = ground_truth_as_detections(records, tmp_path, fast=fast)
     assert [results[k] for k in ("AP", "APs", "APm")] == pytest.approx([100] * 3)
@@ -302,6 +305,54 @@ def test_what_is_refused_is_told_with_values_and_types(problem, tmp_path):
     line = next(line for line in str(caught.value).splitlines() if problem in line)
     assert details in line
     assert "add the" not in str(caught.value) and "there is no annotation" not in str(caught.value)
+
+
+VALUES = [
+    *(None, True, 0, -1, 2, 1.0, 1.5, float("nan"), float("inf"), HUGE, 10**400),
+    *("", "1", "x", "???", "\x00", [], [1], [[]], {}, {"a": 1}, [8, 8, 30, 40], ["8", 8, 30, 40]),
+]
+
+
+@pytest.mark.parametrize("every", [False, True], ids=["one", "all"])
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [
+        *(("images", key) for key in ("id", "file_name", "width", "height")),
+        *(("categories", key) for key in ("id", "name")),
+        *(("annotations", key) for key in ("id", "image_id", "category_id", "bbox", "area", "iscrowd")),
+        *(("annotations", key) for key in ("ignore", "segmentation", "keypoints")),
+    ],
+)
+def test_whatever_stands_there_it_works_or_is_one_error(part, key, every, tmp_path):
+    """No other exception than UserError, and that one from the check; what passes can be trained on
+    and evaluated."""
+    files = write(tmp_path, content())
+    passed = 0
+    for value in VALUES:
+        coco = content()
+        for record in coco[part] if every else coco[part][:1]:
+            record[key] = value
+        (tmp_path / "set.json").write_text(json.dumps(coco))
+        try:
+            check_data(files, files)
+        except UserError:
+            continue
+        passed += 1
+        MetadataCatalog.pop(NAME, None)
+        DatasetCatalog.pop(NAME, None)
+        records = coco_dataset(names=NAME, json_file=files[0], image_root=files[1])
+        mapper = DetrDatasetMapper(is_train=True, augmentations=[])
+        assert sum(len(mapper(record)["instances"]) for record in records) > 0
+        assert ground_truth_as_detections(records, tmp_path, fast=False)["AP"] == pytest.approx(100), value
+    assert (passed == len(VALUES)) == (key in ("area", "segmentation", "keypoints"))
+
+
+def test_detections_of_another_set_are_one_line(tmp_path):
+    json_file, images = write(tmp_path, content())
+    records = coco_dataset(names=NAME, json_file=json_file, image_root=images)
+    records[0]["image_id"] = "other"
+    with pytest.raises(UserError, match=r"does not have \('other'\): dataloader.evaluator.dataset_name must"):
+        ground_truth_as_detections(records, tmp_path)
 
 
 def test_sections_of_another_kind_are_named(tmp_path):

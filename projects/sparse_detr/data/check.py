@@ -213,7 +213,7 @@ def _check_annotations(report: Report) -> None:
         f"{_annotation(a)}: {a['area']!r}" for a in annotations if "area" in a and not is_area(a["area"])
     ]
     report.add(
-        "annotations whose area is not a positive finite number",
+        "annotations whose area is not a positive finite number (at most 1e10)",
         areas,
         "the evaluation takes the box's area instead, for what is small, medium and large",
     )
@@ -404,14 +404,14 @@ def _paths(report: Report) -> list[str]:
 def _name_and_size(path: str) -> tuple[str, int]:
     try:
         return os.path.basename(path), os.stat(path).st_size
-    except OSError:
+    except (OSError, ValueError):  # ValueError: no file can have that name
         return os.path.basename(path), -1
 
 
 def _same_file(first: str, second: str) -> bool:
     try:
         return os.path.samefile(first, second) or filecmp.cmp(first, second, shallow=False)
-    except OSError:  # one is missing, which is reported elsewhere
+    except (OSError, ValueError):  # one is missing, which is reported elsewhere
         return False
 
 

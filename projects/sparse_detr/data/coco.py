@@ -17,6 +17,7 @@ from detectron2.structures import BoxMode
 
 from ..errors import UserError
 
+_LARGEST_AREA = 1e10  # square pixels
 SECTIONS = ("images", "annotations", "categories")
 
 
@@ -167,8 +168,8 @@ def in_order(records: Iterable[dict]) -> list[dict]:
 
 
 def is_area(value: object) -> bool:
-    """A positive finite number."""
-    return is_number(value) and value > 0  # type: ignore[operator]
+    """A positive number, at most the largest that COCO's area ranges hold: above it nothing counts."""
+    return is_number(value) and 0 < value <= _LARGEST_AREA  # type: ignore[operator]
 
 
 def is_number(value: object) -> bool:

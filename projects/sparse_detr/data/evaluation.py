@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from pycocotools.coco import COCO
 
-from ..errors import UserError
+from ..errors import UserError, listed
 from .coco import numbered
 
 
@@ -26,6 +26,13 @@ class NumberedCOCO(COCO):
         self.createIndex()
 
     def loadRes(self, results: list[dict]) -> COCO:
+        foreign = {found["image_id"] for found in results} - self.image_numbers.keys()
+        if foreign:
+            shown = listed([repr(image) for image in foreign], limit=3)
+            raise UserError(
+                f"detections in images that the evaluator's data set does not have ({shown}): "
+                "dataloader.evaluator.dataset_name must be the set of dataloader.test"
+            )
         return super().loadRes(
             [
                 {
