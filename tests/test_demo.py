@@ -240,3 +240,16 @@ def test_the_quick_demo_can_be_repeated(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["demo_quick.py", *options])
         demo_quick.main()
     assert seen == [("demo", False), ("mine", True)]
+
+
+def test_images_that_training_refuses_are_skipped_and_named(run_folder, images, tmp_path, capsys):
+    """Those of more than 8 bits would be white or black."""
+    Image.fromarray(np.full((40, 60), 3000, np.uint16)).save(images / "c.png")
+    Image.fromarray(np.full((40, 60), 0.5, np.float32)).save(images / "d.tif")
+    found = tmp_path / "found.json"
+    demo.main(["--run", str(run_folder), "--input", str(images), "--json", str(found), "--device", "cpu"])
+    assert [i["file_name"] for i in json.loads(found.read_text())["images"]] == ["a.png", "b.jpg"]
+    told = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert len(told) == 2
+    for name, line in zip(("c.png", "d.tif"), told, strict=True):
+        assert f"{name}: more than 8 bits per channel" in line and "save it with 8 bits" in line

@@ -48,7 +48,7 @@ RULES = (
     (r"__init__", r"(?!tools|tests|train_net).*"),
     (
         r"predictor|analysis|overlays|visualize|export",
-        r"__init__|kernels|modeling(\..*)?|config|errors|engine\.checkpoint"
+        r"__init__|kernels|modeling(\..*)?|config|errors|engine\.checkpoint|data\.image"
         r"|predictor|analysis|overlays|visualize|export",
     ),
 )

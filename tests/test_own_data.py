@@ -1,6 +1,7 @@
 """Data of one's own from the command line: classes from the JSON, with and without validation."""
 
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -10,9 +11,17 @@ import pytest
 from detectron2.engine import default_argument_parser
 
 from sparse_detr import Predictor
-from sparse_detr.config import get_config, list_configs, load_config, resolve_classes, resolve_config
+from sparse_detr.config import (
+    get_config,
+    list_configs,
+    load_config,
+    resolve_classes,
+    resolve_config,
+    stored_classes,
+)
 from sparse_detr.data import generate_shapes
 from sparse_detr.data.synthetic import CLASSES
+from sparse_detr.engine.checks import check_own_data
 from sparse_detr.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,6 +127,84 @@ def test_broken_data_stop_before_the_first_step(data, tmp_path):
     with pytest.raises(ValueError, match="the data must be mended first:\n.*unknown categories"):
         run(tmp_path / "run", *files(data, "train"), broken)
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_class_names_are_no_syntax_and_ids_may_be_texts(data, tmp_path):
+    """OmegaConf takes ??? for a missing value and ${...} for a reference."""
+    names = ["???", "${train.seed}", "${", '"quoted" \\u003f', "null"]
+    for split in ("train", "val"):
+        coco = json.loads((data / f"{split}.json").read_text())
+        for category, name in zip(coco["categories"], names, strict=True):
+            category["name"] = name
+            category["id"] = f"c{category['id']}"
+        for image in coco["images"]:
+            image["id"] = f"i{image['id']}"
+        for annotation in coco["annotations"]:
+            annotation["id"] = f"a{annotation['id']}"
+            annotation["image_id"] = f"i{annotation['image_id']}"
+            annotation["category_id"] = f"c{annotation['category_id']}"
+        (tmp_path / f"{split}.json").write_text(json.dumps(coco))
+    own = [f"data.{split}_json={tmp_path / split}.json" for split in ("train", "val")]
+    folder = tmp_path / "run"
+    results = run(folder, *files(data, "train", "val"), *own)
+    assert {f"AP-{name}" for name in names} <= results["bbox"].keys()
+    again = run(
+        folder,
+        "--eval-only",
+        f"train.init_checkpoint={folder / 'model_final.pth'}",
+        config=folder / "config.yaml",
+    )
+    assert again["bbox"] == pytest.approx(results["bbox"], nan_ok=True)
+    assert Predictor(str(folder), device="cpu").class_names == names
+    assert stored_classes(load_config(str(folder / "config.yaml"))) == names
+
+
+@pytest.mark.parametrize("override", ["data.check=true", "data.check=false", "model.num_classes=5"])
+def test_a_list_of_files_is_refused_before_the_first_step(override, data, tmp_path):
+    for split in ("train", "val"):
+        several = f"data.{split}_json=[{data}/{split}.json,{data}/{split}.json]"
+        with pytest.raises(UserError, match="the path of one annotation file, got a list.*merge several"):
+            run(tmp_path / "run", *files(data, "train", "val"), several, override)
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_names_and_limits_as_lists(finished, data, tmp_path):
+    folder, results = finished
+    evaluation = ["--eval-only", f"train.init_checkpoint={folder / 'model_final.pth'}", *files(data, "val")]
+    again = run(
+        tmp_path / "a",
+        *evaluation,
+        "dataloader.test.dataset.names=[custom_val]",
+        "dataloader.evaluator.max_dets_per_image=[1,10,100]",
+    )
+    assert again["bbox"] == pytest.approx(results["bbox"], nan_ok=True)
+    run(tmp_path / "b", *evaluation, "dataloader.evaluator.max_dets_per_image=300")
+    for key, message in (
+        ("dataloader.test.dataset.names=[a,b]", "one JSON file is one data set"),
+        ("dataloader.evaluator.max_dets_per_image=[300]", "expected a positive integer"),
+        ("dataloader.evaluator.max_dets_per_image=many", "expected a positive integer"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(tmp_path / "c", *files(data, "train", "val"), key)
+    assert not (tmp_path / "c" / "metrics.json").exists()
+
+
+def test_the_config_s_limits_are_compared_with_the_data(data, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("sparse_detr"), "propagate", True)
+    cfg = load_config(
+        TINY,
+        [
+            *files(data, "train"),
+            "model.max_detections=2",
+            "dataloader.evaluator.max_dets_per_image=[1,2,3]",
+            "model.transformer.query_selection.num_queries=4",
+        ],
+    )
+    check_own_data(cfg, "train")
+    assert (
+        "dataloader.evaluator.max_dets_per_image=3, model.max_detections=2, "
+        "model.transformer.query_selection.num_queries=4: raise them to "
+    ) in caplog.text
 
 
 def test_a_number_that_is_not_the_files_is_an_error_that_names_both(data, tmp_path):

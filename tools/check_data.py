@@ -5,7 +5,8 @@
     python tools/check_data.py train.json train/ val.json val/     # and compare the two sets
 
 Names what must be mended (exit status 1) and what training would drop or clip. train_net.py makes
-the same check before the first step.
+the same check before the first step, with the limits on objects per image that its config has (here those
+of the COCO configs).
 """
 
 import _checkout

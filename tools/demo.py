@@ -21,11 +21,11 @@ from pathlib import Path
 import _checkout
 import cv2
 import numpy as np
-from detectron2.data.detection_utils import read_image
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from PIL import Image
 from tqdm import tqdm
 
+from sparse_detr.data import ImageError, read_image
 from sparse_detr.errors import UserError
 from sparse_detr.predictor import Predictor
 from sparse_detr.visualize import draw_detections
@@ -109,10 +109,10 @@ def run_images(predict: Predictor, paths: list[Path], targets: dict[Path, Path],
     for path in tqdm(paths, unit="image"):
         try:
             image = read_image(str(path), "BGR")
-        except (OSError, Image.DecompressionBombError) as error:
-            tqdm.write(f"skipped {path}: {error}", file=sys.stderr)
+        except ImageError as error:
+            tqdm.write(f"skipped {path}: {error.problem}; {error.advice}", file=sys.stderr)
             continue
-        instances = predict(np.ascontiguousarray(image))["instances"]
+        instances = predict(image)["instances"]
         results.add(path.name, instances)
         if path in targets:
             rgb = np.ascontiguousarray(image[:, :, ::-1])

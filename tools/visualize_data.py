@@ -19,11 +19,11 @@ import _checkout
 import numpy as np
 from detectron2.config import instantiate
 from detectron2.data import Metadata, MetadataCatalog
-from detectron2.data.detection_utils import read_image
 from omegaconf import DictConfig
 from PIL import Image
 
 from sparse_detr import config
+from sparse_detr.data import read_image
 from sparse_detr.visualize import draw_ground_truth, draw_input
 
 

@@ -15,9 +15,9 @@ import os
 import _checkout
 import numpy as np
 from demo import find_images
-from detectron2.data.detection_utils import read_image
 from PIL import Image
 
+from sparse_detr.data import read_image
 from sparse_detr.overlays import draw_tokens, recorded_output
 from sparse_detr.predictor import Predictor
 from sparse_detr.visualize import draw_detections

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import difflib
 import inspect
+import json
 import logging
 import os
 import re
@@ -230,10 +231,10 @@ def resolve_classes(cfg: DictConfig) -> None:
     source = data.train_json or data.val_json
     given = cfg.model.num_classes
     stored = data.classes is not None
-    if not stored and (source if given is None else os.path.isfile(source or "")):
+    if not stored and (source if given is None else os.path.isfile(str(source or ""))):
         from .data import category_names
 
-        data.classes = category_names(source)
+        data.classes = [_as_text(name) for name in category_names(source)]
     if data.classes is None and given is None:
         raise UserError(
             "model.num_classes is not known: pass data.train_json=..., from which it is read "
@@ -244,13 +245,29 @@ def resolve_classes(cfg: DictConfig) -> None:
     elif data.classes is not None and len(data.classes) != given:
         raise UserError(
             f"model.num_classes={given}, but {'data.classes' if stored else source} has "
-            f"{len(data.classes)} classes ({listed(data.classes, 5)}): "
+            f"{len(data.classes)} classes ({listed(stored_classes(cfg) or (), 5)}): "
             + (
                 "to read them from other data, pass data.classes=null model.num_classes=null"
                 if stored
                 else "leave model.num_classes out, it is read from the file"
             )
         )
+
+
+def stored_classes(cfg: DictConfig) -> list[str] | None:
+    """The names in ``data.classes``, as they were in the JSON; None if there are none."""
+    names = OmegaConf.select(cfg, "data.classes")
+    return names and [json.loads(name) if str(name).startswith('"') else name for name in names]
+
+
+def _as_text(name: str) -> str:
+    """A class name as a config can hold it: OmegaConf takes ??? and ${...} for syntax of its own.
+
+    These, and what begins like them once they are quoted, become JSON texts without ? and $.
+    """
+    if name == "???" or "${" in name or name.startswith('"'):
+        return json.dumps(name).replace("?", "\\u003f").replace("$", "\\u0024")
+    return name
 
 
 def resolve_device(name: str, key: str = "device") -> torch.device:

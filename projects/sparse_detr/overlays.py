@@ -11,11 +11,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from detectron2.data import Metadata
-from detectron2.data.detection_utils import read_image
 from matplotlib import colormaps
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from .data.image import read_image
 from .kernels import attention_map_splat
 from .modeling import SetDetector, TransformerOutput
 from .visualize import draw_detections, draw_ground_truth, side_by_side

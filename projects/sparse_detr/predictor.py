@@ -15,7 +15,7 @@ from detectron2.data import transforms as T
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from .config import resolve_config, resolve_device
+from .config import resolve_config, resolve_device, stored_classes
 from .engine.checkpoint import Checkpointer
 from .errors import UserError
 from .modeling import SetDetector
@@ -188,7 +188,7 @@ def _metadata(cfg: DictConfig, num_classes: int, names: Sequence[str] | None) ->
     known = known if isinstance(known, str) else (known or [""])[0]
     registered = MetadataCatalog.get(known) if known in MetadataCatalog.list() else Metadata()
     if names is None:
-        names = OmegaConf.select(cfg, "data.classes") or registered.get("thing_classes")
+        names = stored_classes(cfg) or registered.get("thing_classes")
     if names is None or len(names) != num_classes:
         names = [str(index) for index in range(num_classes)]
     if list(names) == registered.get("thing_classes"):

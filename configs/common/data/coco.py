@@ -41,6 +41,8 @@ dataloader = dict(
         num_workers=4,
     ),
     evaluator=L(FastCOCOEvaluator)(
-        dataset_name="${..test.dataset.names}", output_dir="${train.output_dir}/inference"
+        dataset_name="${..test.dataset.names}",
+        output_dir="${train.output_dir}/inference",
+        max_dets_per_image=100,  # detections that count for AP; [1, 10, 300] sets all of COCO's limits
     ),
 )

@@ -1,7 +1,9 @@
 """Data sets, augmentation and loading."""
 
 from .check import category_names, check_coco, check_data
+from .coco import load_coco
 from .evaluation import FastCOCOEvaluator
+from .image import ImageError, read_image
 from .loader import build_train_loader
 from .mapper import DetrDatasetMapper, test_augmentations, train_augmentations
 from .register import (
@@ -16,6 +18,7 @@ from .synthetic import generate_shapes, shapes_dataset
 __all__ = [
     "DetrDatasetMapper",
     "FastCOCOEvaluator",
+    "ImageError",
     "build_train_loader",
     "category_names",
     "check_classes",
@@ -24,6 +27,8 @@ __all__ = [
     "check_datasets",
     "coco_dataset",
     "generate_shapes",
+    "load_coco",
+    "read_image",
     "register_coco",
     "registered_dataset",
     "shapes_dataset",

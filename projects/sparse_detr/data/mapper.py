@@ -1,16 +1,22 @@
 """The DETR family's augmentation, as augmentations for detectron2's own ``DatasetMapper``.
 
 ``DatasetMapper`` already does what these detectors need: it keeps images without objects, leaves
-out crowd regions, clips boxes to the image, drops those that become empty and reads RGB when told
-so. What it lacks is the published recipe (Deformable DETR, ``make_coco_transforms``; the same in
+out crowd regions, clips boxes to the image and drops those that become empty. What it lacks is the
+published recipe (Deformable DETR, ``make_coco_transforms``; the same in
 DINO and Focus-DETR): with equal chance either a multi-scale resize, or a resize, a random crop and
 then that multi-scale resize.
 """
 
+import copy
 from collections.abc import Sequence
 
+import numpy as np
+import torch
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
+from detectron2.data.detection_utils import check_image_size
+
+from .image import ImageError, read_image
 
 
 class RandomEither(T.Augmentation):
@@ -84,16 +90,28 @@ class DetrDatasetMapper(DatasetMapper):
         super().__init__(is_train, augmentations=list(augmentations), image_format=image_format)
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """Adds ``image``, (3, H, W) uint8, and in training ``instances`` with absolute boxes."""
-        if self.is_train and "annotations" not in dataset_dict:
-            dataset_dict = {**dataset_dict, "annotations": []}
+        """Adds ``image``, (3, H, W) uint8, and in training ``instances`` with absolute boxes.
+
+        Raises:
+            ImageError: the file cannot be read.
+        """
+        entry = copy.deepcopy(dataset_dict)
         try:
-            return super().__call__(dataset_dict)
-        except OSError as error:
-            if self.is_train:  # the training set tells which image it was, whatever failed
+            image = read_image(entry["file_name"], self.image_format)
+        except ImageError as error:
+            if self.is_train:  # the training set names the image, whatever failed
                 raise
-            raise OSError(
-                f"cannot read image {dataset_dict.get('image_id')} "
-                f"({dataset_dict.get('file_name')}): {error}. "
-                "Replace the file, or take the image out of the annotation file."
+            raise ImageError(
+                f"cannot read image {entry.get('image_id')} ({entry.get('file_name')}): {error.problem}; "
+                f"{error.advice}, or take the image out of the annotation file"
             ) from error
+        check_image_size(entry, image)
+        annotations = entry.pop("annotations", [])
+        augmented = T.AugInput(image)
+        transforms = self.augmentations(augmented)
+        image = augmented.image
+        entry["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        if self.is_train:
+            entry["annotations"] = annotations
+            self._transform_annotations(entry, transforms, image.shape[:2])
+        return entry

@@ -10,11 +10,13 @@ import os
 from collections.abc import Sequence
 
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
-from detectron2.data.datasets import register_coco_instances
 
 from ..errors import UserError, listed
+from .coco import check_path, load_coco
 
 logger = logging.getLogger(__name__)
+
+_SEVERAL = "(or register each and train on dataloader.train.dataset.names=[a,b] of a COCO config)"
 
 
 def register_coco(name: str, json_file: str, image_root: str) -> None:
@@ -23,10 +25,14 @@ def register_coco(name: str, json_file: str, image_root: str) -> None:
     Calling it again with the same files does nothing. With other files it replaces what an earlier
     call registered.
 
+    The records hold boxes alone (``load_coco``): polygons, masks and keypoints are not read.
+
     Raises:
         ValueError: a file or folder does not exist, or ``name`` belongs to a data set that was
             registered otherwise.
     """
+    check_path(json_file, "annotation file", f"merge several files into one, with new image ids {_SEVERAL}")
+    check_path(image_root, "image folder", "its file names may have folders in them")
     files = {"json_file": str(json_file), "image_root": str(image_root)}
     if name in DatasetCatalog:
         metadata = MetadataCatalog.get(name)
@@ -40,21 +46,28 @@ def register_coco(name: str, json_file: str, image_root: str) -> None:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     _check_files(name, **files, hint="check the paths in the config's `data` section")
-    register_coco_instances(name, {"registered_by_sparse_detr": True}, **files)
+    DatasetCatalog.register(name, lambda: load_coco(**files, name=name))
+    MetadataCatalog.get(name).set(**files, evaluator_type="coco", registered_by_sparse_detr=True)
 
 
-def coco_dataset(*, names: str, json_file: str, image_root: str, filter_empty: bool = False) -> list[dict]:
+def coco_dataset(
+    *, names: str | Sequence[str], json_file: str, image_root: str, filter_empty: bool = False
+) -> list[dict]:
     """A config's ``dataloader.*.dataset``: registers a COCO-format set, returns its dataset dicts.
 
     Args:
         names: the name to register it under; detectron2's spelling, so that
-            ``evaluator.dataset_name`` can refer to it.
-        json_file: annotations in COCO format. Category ids may be any integers.
+            ``evaluator.dataset_name`` can refer to it. A list of one name is that name.
+        json_file: annotations in COCO format. Ids may be any whole numbers or texts.
         image_root: folder that the JSON's file names are relative to. Boxes without an area are
             dropped.
         filter_empty: leave out images without objects. They teach a detector what is background:
             keep them.
     """
+    if not isinstance(names, str):
+        if len(names) != 1:
+            raise UserError(f"one JSON file is one data set, but it has the names {list(names)}: pass one")
+        names = names[0]
     if not json_file or not image_root:
         raise UserError(
             f"data set {names!r} has no files yet: pass data.train_json=..., "
@@ -74,7 +87,10 @@ def registered_dataset(*, names: str | list[str], filter_empty: bool = False) ->
         names: one or more names in detectron2's DatasetCatalog, with the same classes.
         filter_empty: see ``coco_dataset``.
     """
-    check_datasets(*([names] if isinstance(names, str) else names))
+    names = [names] if isinstance(names, str) else list(names)
+    if not names:
+        raise UserError("no data set is named: pass dataloader.train.dataset.names or test.dataset.names")
+    check_datasets(*names)
     return get_detection_dataset_dicts(names, filter_empty=filter_empty)
 
 

@@ -70,8 +70,8 @@ class Report:
 
 
 def is_id(value: object) -> bool:
-    """COCO's ids are numbers; detectron2 also takes texts."""
-    return isinstance(value, int | str)
+    """COCO's ids are whole numbers; texts are taken, too."""
+    return isinstance(value, int | str) and not isinstance(value, bool)
 
 
 def record_id(record: dict, key: str = "id") -> int | str | None:

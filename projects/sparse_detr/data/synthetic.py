@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Sequence
 
 import numpy as np
 from detectron2.utils import comm
@@ -32,7 +33,7 @@ SUPERSAMPLING = 4
 
 def shapes_dataset(
     *,
-    names: str,
+    names: str | Sequence[str],
     root: str,
     split: str,
     seed: int = 0,

@@ -5,7 +5,9 @@ import os
 from detectron2.data import MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
 
-from ..data.check import check_data
+from ..config import stored_classes
+from ..data.check import LIMITS, check_data
+from ..data.evaluation import detection_limits
 from ..data.register import check_classes
 from ..errors import UserError
 from ..modeling.meta_arch import SetDetector
@@ -52,13 +54,21 @@ def check_own_data(cfg: DictConfig, *splits: str) -> None:
         if json_file:
             files[split] = (json_file, images)
     if data.get("check"):
-        check_data(**files)
+        check_data(**files, limits=_object_limits(cfg))
+
+
+def _object_limits(cfg: DictConfig) -> dict[str, int]:
+    """``LIMITS`` as the config has them; those of which it has none are left out."""
+    values = {key: OmegaConf.select(cfg, key) for key in LIMITS}
+    evaluator = next(iter(LIMITS))
+    values[evaluator] = detection_limits(values[evaluator])[-1]
+    return {key: value for key, value in values.items() if isinstance(value, int)}
 
 
 def check_model(model: SetDetector, cfg: DictConfig, *splits: str) -> None:
     """The model against the splits' data, which have been loaded: classes and order of channels."""
     names = [name for split in splits for name in _dataset_names(cfg, split)]
-    check_classes(model.num_classes, *names, expected=OmegaConf.select(cfg, "data.classes"))
+    check_classes(model.num_classes, *names, expected=stored_classes(cfg))
     for split in splits:
         delivered = OmegaConf.select(cfg.dataloader[split], "mapper.image_format") or "RGB"
         if delivered != getattr(model, "input_format", delivered):
