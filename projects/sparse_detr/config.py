@@ -234,7 +234,7 @@ def resolve_classes(cfg: DictConfig) -> None:
     if not stored and (source if given is None else os.path.isfile(str(source or ""))):
         from .data import category_names
 
-        data.classes = [_as_text(name) for name in category_names(source)]
+        data.classes = [_stored_name(name) for name in category_names(source)]
     if data.classes is None and given is None:
         raise UserError(
             "model.num_classes is not known: pass data.train_json=..., from which it is read "
@@ -260,7 +260,7 @@ def stored_classes(cfg: DictConfig) -> list[str] | None:
     return names and [json.loads(name) if str(name).startswith('"') else name for name in names]
 
 
-def _as_text(name: str) -> str:
+def _stored_name(name: str) -> str:
     """A class name as a config can hold it: OmegaConf takes ??? and ${...} for syntax of its own.
 
     These, and what begins like them once they are quoted, become JSON texts without ? and $.
