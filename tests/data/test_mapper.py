@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from PIL import Image
@@ -116,3 +117,21 @@ def test_random_either_takes_each_branch_with_its_probability(record):
     either = RandomEither([T.Resize((8, 8))], [T.Resize((9, 9))], prob=0.25)
     widths = [mapped(record, [], [either])["image"].shape[-1] for _ in range(200)]
     assert widths.count(8) + widths.count(9) == 200 and 30 < widths.count(8) < 70
+
+
+@pytest.mark.parametrize("image_format", ["RGB", "BGR"])
+def test_training_input_is_that_of_detectron2s_mapper(record, image_format):
+    """The same pixels and boxes from the same random numbers; only the reading of files is our own."""
+    record = {**record, "annotations": [annotation(1, 2, 30, 40, 1), annotation(40, 20, 60, 60, 2)]}
+    augmentations = train_augmentations(short_edges=[48, 64], pre_crop_short_edges=[60], crop_size=[30, 40])
+    for seed in range(8):
+        results = []
+        for mapper in (DetrDatasetMapper, DatasetMapper):
+            seed_everything(seed)
+            options = dict(is_train=True, augmentations=augmentations, image_format=image_format)
+            results.append(mapper(**options)(record))
+        ours, theirs = results
+        assert ours.keys() == theirs.keys() and torch.equal(ours["image"], theirs["image"])
+        for field in ("gt_boxes", "gt_classes"):
+            first, second = (getattr(r["instances"], field) for r in results)
+            assert torch.equal(getattr(first, "tensor", first), getattr(second, "tensor", second))
