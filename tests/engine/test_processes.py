@@ -31,7 +31,7 @@ def empty_one_share(data):
     loader = instantiate(load(data, "").dataloader.train)
     loader.batch_sampler.seed = load(data, "").train.seed
     batch = next(itertools.islice(iter(loader.batch_sampler), 1, None))
-    images = {loader.dataset.records[sample.index]["image_id"] for sample in batch[1::2]}
+    images = {loader.dataset.records[sample.image]["image_id"] for sample in batch[1::2]}
     path = data / "train.json"
     content = json.loads(path.read_text())
     kept = [a for a in content["annotations"] if a["image_id"] not in images]
