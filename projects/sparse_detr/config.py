@@ -367,7 +367,7 @@ def _parse(text: str) -> Override:
 
 
 # Ends of the names of keys that hold files or folders, and may be None until they do.
-_PATH_KEY = re.compile(r"(^|_|\.)(dir|path|file|folder|root|images|json|checkpoint|weights)$")
+_PATH_KEY = re.compile(r"(^|_|\.)(dir|path|file|folder|root|json|checkpoint|weights)$|(?<!num)_images$")
 
 
 def _is_text(cfg: DictConfig, key: str) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sparse_detr.engine import Checkpointer
+from sparse_detr.engine.weights import read_torch
 from sparse_detr.errors import UserError
 
 
@@ -210,6 +211,18 @@ def test_a_namespace_of_arguments_is_no_obstacle(tmp_path):
     extra = loader.load(str(tmp_path / "published.pth"), checkpointables=[])
     assert extra["args"].lr == 1e-4
     assert torch.equal(loader.model.head.weight, state["head.weight"])
+
+
+def test_reading_leaves_what_others_have_allowed(tmp_path):
+    torch.save({"model": {}, "args": argparse.Namespace()}, tmp_path / "model.pth")
+    before = set(torch.serialization.get_safe_globals())
+    torch.serialization.add_safe_globals([argparse.Namespace])  # as sparse_detr.yacs does
+    try:
+        read_torch(str(tmp_path / "model.pth"))
+        assert argparse.Namespace in torch.serialization.get_safe_globals()
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(list(before))
 
 
 class Evil:
