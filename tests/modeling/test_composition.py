@@ -1,4 +1,4 @@
-"""Base x encoder: every encoder strategy runs on every base, also where no paper put it."""
+"""Base x encoder: every encoder runs on every base, also where no paper put it."""
 
 import pytest
 import torch

@@ -17,7 +17,7 @@ from .convert import rename_torchvision
 def class_tensors(model: nn.Module) -> dict[str, bool]:
     """Names of the parameters with a row per class; True where row 0 is the foreground's score.
 
-    All class heads, also those of the proposals and of an encoder strategy, and the label
+    All class heads, also those of the proposals and of an encoder, and the label
     embedding of denoising.
     """
     names = {}

@@ -2,7 +2,7 @@
 
 Every token proposes a box around its cell; a head refines and scores the proposals, and the best
 become the decoder's queries (Deformable DETR, Sec. 4.2 "Two-Stage" and App. A.4). The head's
-projection is also what encoder strategies score tokens with.
+projection is also what encoders score tokens with.
 """
 
 from __future__ import annotations
