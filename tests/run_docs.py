@@ -3,6 +3,7 @@
 
     python tests/run_docs.py                                   all pages: some minutes on a CPU
     python tests/run_docs.py docs/own_data.md --only train_net
+    DETECTRON2=/path/to/checkout python tests/run_docs.py docs/detectron2_scripts.md
 
 Commands run as they stand, one after the other, and at the end of each page its Python blocks as one
 program. They find what they name: configs whose models, images and runs are tiny, data sets of a few
@@ -50,6 +51,8 @@ CHANGED = [
         "needs a GPU; all of the rehearsal: tests/test_gpu_check.py",
     ),
     (r"^(python benchmarks/cuda_report.py).*", r"\1 --help", "needs nvcc and minutes"),
+    *([] if "DETECTRON2" in os.environ else [(r"\$DETECTRON2/", None, "needs a checkout: DETECTRON2=...")]),
+    (r"train\.max_iter=369650 train\.eval_period=7393", "train.max_iter=2 train.eval_period=2", "two iterations"),
     (r"train.wandb.enabled=true", "train.wandb.enabled=false", "needs an account"),
     (r"(?<=--num-gpus )8|(?<=--nproc-per-node )8", "2", "two processes instead of eight"),
     (r"\bnode0\b", "127.0.0.1", "both machines are this one"),
@@ -201,11 +204,11 @@ def prepare(folder: Path) -> None:
     for name in list_configs():
         with open(folder / "configs" / f"{name}.py", "a") as file:
             file.write(SMALL)
-    yacs = folder / "configs" / "yacs" / "base.yaml"
-    text = yacs.read_text()
-    for key, value in SMALL_YACS.items():
-        text = re.sub(rf"\b{key}:.*", f"{key}: {value}", text)
-    yacs.write_text(text)
+    for yacs in (folder / "configs" / "yacs").glob("*.yaml"):
+        text = yacs.read_text()
+        for key, value in SMALL_YACS.items():
+            text = re.sub(rf"\b{key}:.*", f"{key}: {value}", text)
+        yacs.write_text(text)
     draw_data(folder)
     write_weights(folder)
     result, _, output = run(

@@ -43,7 +43,8 @@ RULES = (
     (r"data(\..*)?", r"data(\..*)?|errors"),
     (r"engine(\..*)?", rf"engine(\..*)?|data(\..*)?|config|errors|{MODELING}"),
     (r"config", r"configs(\..*)?|data(\..*)?|errors"),
-    (r"yacs", r"modeling|config|errors|engine\.checkpoint"),
+    (r"yacs", r"modeling|config|errors|engine\.(checkpoint|optimizer)"),
+    (r"detectron2_env", r"yacs"),
     (r"configs(\..*)?", r"(?!tools|tests|train_net|modeling\.encoders).*"),
     (r"__init__", r"(?!tools|tests|train_net).*"),
     (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.engine import DefaultPredictor, DefaultTrainer
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 
@@ -263,6 +263,15 @@ def test_default_predictor_converts_a_published_file(small, tmp_path):
     cfg.MODEL.WEIGHTS = save_published(model, tmp_path / "published.pth")
     loaded = DefaultPredictor(cfg).model.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+
+
+def test_so_does_detectron2s_checkpointer_with_the_model_of_a_lazy_config(small, tmp_path):
+    """As in its ``lazyconfig_train_net.py``."""
+    cfg, model = small
+    lazy = instantiate(get_config(cfg.MODEL.SPARSE_DETR.CONFIG, ["model.num_classes=5"]).model)
+    DetectionCheckpointer(lazy).load(save_published(model, tmp_path / "published.pth"))
+    expected = model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in lazy.state_dict().items())
 
 
 def test_default_predictor_refuses_weights_that_leave_the_model_random(small, tmp_path):

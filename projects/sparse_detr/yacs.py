@@ -18,23 +18,22 @@ theirs::
 
 from __future__ import annotations
 
-import argparse
 import logging
 
 import torch
-from detectron2.config import CfgNode, instantiate
+from detectron2.config import CfgNode
 from detectron2.solver.build import GradientClipType, maybe_add_gradient_clipping
-from torch import nn
 
 from .config import from_yacs, unread_yacs_keys
 from .engine.checkpoint import fit_weights
+from .engine.optimizer import build_optimizer as optimizer_of_recipe
+from .engine.optimizer import clip_in_step
 from .errors import UserError
 from .modeling import SetDetector  # the import registers the architectures
 
 logger = logging.getLogger(__name__)
 
 SetDetector.yacs_fit_weights = staticmethod(fit_weights)
-torch.serialization.add_safe_globals([argparse.Namespace])  # in many published files
 
 # What detectron2's own optimizers read, and this package's does not.
 _SGD_KEYS = ("MOMENTUM", "NESTEROV", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_BIAS", "BIAS_LR_FACTOR")
@@ -61,18 +60,23 @@ def add_sparse_detr_config(cfg: CfgNode) -> None:
     The node is the package's, for all its detectors. ``MODEL.DETR``, which it was once called, is
     also that of DETR's own detectron2 wrapper: one of that kind is left alone.
     """
-    cfg.MODEL.SPARSE_DETR = CfgNode()
-    # A LazyConfig's file, or a shipped one's name (see list_configs()); empty: the architecture's.
-    cfg.MODEL.SPARSE_DETR.CONFIG = ""
-    cfg.MODEL.SPARSE_DETR.NUM_CLASSES = 80
-    # "model.key=value" overrides of that config, which win over the numbers of this one.
-    cfg.MODEL.SPARSE_DETR.OVERRIDES = []
+    add_node(cfg)
     if "DETR" not in cfg.MODEL:  # files and code from before the new name are still read
         cfg.MODEL.DETR = CfgNode(new_allowed=True)
     cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
     cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
     cfg.INPUT.FORMAT = "RGB"
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+
+
+def add_node(cfg: CfgNode) -> None:
+    """Add ``MODEL.SPARSE_DETR`` alone: all else stays detectron2's, unless a file sets it."""
+    cfg.MODEL.SPARSE_DETR = CfgNode()
+    # A LazyConfig's file, or a shipped one's name (see list_configs()); empty: the architecture's.
+    cfg.MODEL.SPARSE_DETR.CONFIG = ""
+    cfg.MODEL.SPARSE_DETR.NUM_CLASSES = 80
+    # "model.key=value" overrides of that config, which win over the numbers of this one.
+    cfg.MODEL.SPARSE_DETR.OVERRIDES = []
 
 
 def build_optimizer(cfg: CfgNode, model: SetDetector) -> torch.optim.Optimizer:
@@ -85,17 +89,10 @@ def build_optimizer(cfg: CfgNode, model: SetDetector) -> torch.optim.Optimizer:
     if unread := unread_yacs_keys(cfg, "SOLVER", _SGD_KEYS):
         logger.warning("not read by this optimizer, AdamW of the model's config: %s", ", ".join(unread))
     detector: SetDetector = getattr(model, "module", model)  # DistributedDataParallel's
-    recipe = from_yacs(cfg, detector.default_config).optimizer
-    recipe.params.model = model
-    optimizer = instantiate(recipe)
+    optimizer = optimizer_of_recipe(from_yacs(cfg, detector.default_config).optimizer, model)
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if clip.CLIP_TYPE != "full_model":
         return maybe_add_gradient_clipping(cfg, optimizer)
     if clip.ENABLED:
-
-        def clip_gradients(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
-
-        optimizer.register_step_pre_hook(clip_gradients)
+        clip_in_step(optimizer, clip.CLIP_VALUE, clip.NORM_TYPE)
     return optimizer

@@ -116,6 +116,8 @@ def test_a_signal_to_the_whole_group_ends_a_run_in_good_order(tmp_path, number, 
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # A shell starts background jobs deaf to Ctrl-C, and tests may be one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "projects")},
     )
     deadline = time.monotonic() + 200

@@ -213,18 +213,6 @@ def test_a_namespace_of_arguments_is_no_obstacle(tmp_path):
     assert torch.equal(loader.model.head.weight, state["head.weight"])
 
 
-def test_reading_leaves_what_others_have_allowed(tmp_path):
-    torch.save({"model": {}, "args": argparse.Namespace()}, tmp_path / "model.pth")
-    before = set(torch.serialization.get_safe_globals())
-    torch.serialization.add_safe_globals([argparse.Namespace])  # as sparse_detr.yacs does
-    try:
-        read_torch(str(tmp_path / "model.pth"))
-        assert argparse.Namespace in torch.serialization.get_safe_globals()
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(list(before))
-
-
 class Evil:
     def __reduce__(self):
         return (open, ("owned", "w"))

@@ -1,23 +1,16 @@
-"""Epochs to iterations, learning-rate schedules and parameter groups."""
+"""Epochs to iterations and learning-rate schedules."""
 
 import logging
 import math
 
 import pytest
-import torch
 from detectron2.config import LazyCall as L
-from detectron2.solver import get_default_optimizer_params
-from fvcore.common.param_scheduler import CosineParamScheduler
+from detectron2.config import instantiate
+from fvcore.common.param_scheduler import CosineParamScheduler, ParamScheduler
 from omegaconf import OmegaConf
-from torch import nn
 
-from sparse_detr.engine import (
-    EpochSchedule,
-    LRFactors,
-    RunLength,
-    build_lr_multiplier,
-    build_optimizer,
-)
+from sparse_detr.engine import EpochSchedule, RunLength, build_lr_multiplier
+from sparse_detr.errors import UserError
 
 
 def train_section(**kwargs):
@@ -109,40 +102,16 @@ def test_plain_schedulers_pass_through():
     assert build_lr_multiplier(config, RUN)(0.5) == pytest.approx(0.5)
 
 
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.backbone = nn.Linear(2, 3)
-        self.sampling_offsets = nn.Linear(3, 5)
-        self.norm = nn.LayerNorm(5)
+def test_a_trainer_that_knows_no_epochs_gets_the_same_schedule():
+    """``max_iter`` counts as ``epochs`` epochs: detectron2's ``LRScheduler`` calls what the config builds."""
+    config = L(EpochSchedule)(milestones=[8], warmup_iters=12, warmup_factor=0.1, epochs=12, max_iter=120)
+    unaided, built = instantiate(config), build_lr_multiplier(config, RUN)
+    assert isinstance(unaided, ParamScheduler)
+    assert [unaided(i / 120) for i in range(120)] == [built(i / 120) for i in range(120)]
 
 
-def groups(weight_decay_norm):
-    config = L(torch.optim.AdamW)(
-        params=L(get_default_optimizer_params)(
-            base_lr="${..lr}",
-            weight_decay_norm=weight_decay_norm,
-            lr_factor_func=L(LRFactors)(rules={"backbone": 0.1, "sampling_offsets": 0.5}),
-        ),
-        lr=1e-3,
-        weight_decay=1e-4,
-    )
-    optimizer = build_optimizer(config, Model())
-    assert "model" not in config.params  # the config stays printable and savable
-    found = {}
-    for group in optimizer.param_groups:
-        key = (round(group["lr"], 9), group["weight_decay"])
-        found[key] = found.get(key, 0) + sum(p.numel() for p in group["params"])
-    return found
-
-
-def test_learning_rates_and_decay_go_by_name_and_kind():
-    assert groups(None) == {(1e-4, 1e-4): 9, (5e-4, 1e-4): 20, (1e-3, 1e-4): 10}
-    assert groups(0.0) == {(1e-4, 1e-4): 9, (5e-4, 1e-4): 20, (1e-3, 0.0): 10}
-
-
-def test_the_first_fitting_rule_decides():
-    factors = LRFactors(rules={"backbone": 0.1, "offsets": 0.2})
-    assert factors("backbone.offsets.weight") == 0.1
-    assert factors("encoder.layers.0.offsets.bias") == 0.2
-    assert factors("encoder.norm.weight") == 1.0
+@pytest.mark.parametrize("missing", ["epochs", "max_iter"])
+def test_a_trainer_that_knows_no_epochs_must_be_told_them(missing):
+    schedule = EpochSchedule(milestones=[8], **{"epochs": 12, "max_iter": 120, missing: None})
+    with pytest.raises(UserError, match=r"pass train.max_iter=\.\.\. and train.epochs="):
+        schedule(0.0)

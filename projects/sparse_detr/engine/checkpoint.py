@@ -22,6 +22,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from ..errors import UserError, listed
+from ..modeling.meta_arch import SetDetector
 from .convert import convert_state_dict, detect_family
 from .fine_tune import (
     adapt_classes,
@@ -335,6 +336,15 @@ def fit_weights(model: nn.Module, weights: dict[str, Any]) -> None:
     checkpointer.check_missing(model.state_dict().keys() - fitted.keys())
     weights.clear()
     weights.update(fitted)
+
+
+def fit_published(model: SetDetector, weights: dict[str, Any]) -> None:
+    """``fit_weights`` for published names; any others stay what torch makes of them."""
+    if detect_family(weights):
+        fit_weights(model, weights)
+
+
+SetDetector.fit_weights = staticmethod(fit_published)  # whoever loads, detectron2's checkpointer too
 
 
 def _num_bytes(content: Any) -> int:

@@ -25,7 +25,8 @@ from .best import BestCheckpoint
 from .checkpoint import Checkpointer, replacing
 from .checks import check_folder, check_model, check_own_data, check_periods, class_names, has_test_set
 from .ema import ModelEMA
-from .schedule import RunLength, build_lr_multiplier, build_optimizer
+from .optimizer import build_optimizer
+from .schedule import RunLength, build_lr_multiplier
 from .signals import EXIT_STATUS, StopOnRequest, make_workers_patient, sigterm_stops
 from .trainer import Trainer, amp_dtype, training_sampler
 from .writers import build_writers

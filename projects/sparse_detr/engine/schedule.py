@@ -1,17 +1,16 @@
-"""How long to train and with which learning rates, in numbers that no batch size spoils.
+"""How long to train and how the learning rate falls, in numbers that no batch size spoils.
 
 Configs speak of epochs; iterations follow here, in code, from the size of the data set and the
 total batch size, so that neither an override of the batch size nor another data set leaves a stale
 number behind.
 """
 
+import functools
 import logging
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from detectron2.config import instantiate
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler, ParamScheduler
@@ -75,8 +74,11 @@ class RunLength:
         )
 
 
-class EpochSchedule:
+class EpochSchedule(ParamScheduler):
     """Learning-rate multiplier: linear warm-up, then a factor ``gamma`` at every milestone.
+
+    ``build`` makes it for a run of known length. Called as any fvcore scheduler, by a trainer that
+    does not know how many images an epoch has, it takes ``max_iter`` for ``epochs`` epochs.
 
     Args:
         milestones: epochs (fractions allowed) at whose end the learning rate is multiplied by
@@ -85,6 +87,7 @@ class EpochSchedule:
         warmup_iters: iterations of linear warm-up; 0 for none. At most a third of the iterations up
             to the first milestone: in a run on few images the full rate would not be reached.
         warmup_factor: multiplier at iteration 0 of the warm-up.
+        epochs, max_iter: length of the run, for ``__call__`` only.
     """
 
     def __init__(
@@ -94,11 +97,29 @@ class EpochSchedule:
         gamma: float = 0.1,
         warmup_iters: int = 0,
         warmup_factor: float = 0.001,
+        epochs: float | None = None,
+        max_iter: int | None = None,
     ) -> None:
         self.milestones = sorted(milestones)
         self.gamma = gamma
         self.warmup_iters = warmup_iters
         self.warmup_factor = warmup_factor
+        self.epochs = epochs
+        self.max_iter = max_iter
+
+    def __call__(self, where: float) -> float:
+        """The multiplier after the fraction ``where`` of the run."""
+        return self._unaided(where)
+
+    @functools.cached_property
+    def _unaided(self) -> ParamScheduler:
+        if not self.max_iter or (self.milestones and not self.epochs):
+            raise UserError(
+                "lr_multiplier.milestones are epochs: pass train.max_iter=... and train.epochs=..., the "
+                "same length twice, to a trainer that does not know the number of images"
+            )
+        epoch_iters = self.max_iter / self.epochs if self.epochs else math.nan
+        return self.build(RunLength(self.max_iter, epoch_iters, 0, 0))
 
     def build(self, run: RunLength) -> ParamScheduler:
         """The schedule over this run, as fvcore's function of the fraction done."""
@@ -143,33 +164,3 @@ def build_lr_multiplier(config: DictConfig, run: RunLength) -> ParamScheduler:
     """Builds ``lr_multiplier``: an ``EpochSchedule``, or any fvcore ParamScheduler."""
     schedule = instantiate(config)
     return schedule.build(run) if isinstance(schedule, EpochSchedule) else schedule
-
-
-class LRFactors:
-    """Learning-rate factor of a parameter by its name: detectron2's ``lr_factor_func``.
-
-    Args:
-        rules: part of a dotted parameter name -> factor. The first rule that fits decides; without
-            one it is 1.
-    """
-
-    def __init__(self, *, rules: Mapping[str, float]) -> None:
-        self.rules = dict(rules)
-
-    def __call__(self, name: str) -> float:
-        return next((factor for part, factor in self.rules.items() if part in name), 1.0)
-
-
-def build_optimizer(config: DictConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """Builds ``optimizer`` as detectron2 does: ``config.params.model`` is filled in here."""
-    config.params.model = model
-    try:
-        optimizer = instantiate(config)
-    finally:
-        config.params.pop("model")
-    groups: Counter[tuple[float, float]] = Counter()
-    for group in optimizer.param_groups:
-        groups[group["lr"], group["weight_decay"]] += sum(p.numel() for p in group["params"])
-    for (lr, weight_decay), count in sorted(groups.items(), reverse=True):
-        logger.info("%12s parameters: lr %g, weight decay %g", f"{count:,}", lr, weight_decay)
-    return optimizer

@@ -20,6 +20,9 @@ import torch
 
 from ..errors import UserError
 
+# In many published files; also for detectron2's checkpointer, which reads files without this module.
+torch.serialization.add_safe_globals([argparse.Namespace])
+
 # What a pickled numpy array of any numpy version is rebuilt from.
 _ARRAY_PARTS = {
     ("numpy", "ndarray"),
@@ -105,10 +108,7 @@ def read_torch(path: str) -> dict[str, Any]:
         if not file.read(2).startswith((b"PK", b"\x80")):  # a zip file, or a pickle as before torch 1.6
             raise pickle.UnpicklingError("torch.save has not written it")
     try:
-        # The context takes away what it has not brought: yacs users allow Namespace for good.
-        allowed = {argparse.Namespace} - set(torch.serialization.get_safe_globals())
-        with torch.serialization.safe_globals(list(allowed)):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error).lower():
             raise

@@ -16,7 +16,7 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..config import from_yacs
+from ..config import from_yacs, resolve_device
 from ..errors import UserError
 from .backbone import fold_frozen_norms
 from .boxes import xyxy_to_cxcywh
@@ -46,12 +46,13 @@ class SetDetector(nn.Module):
             maps; an image's maps do not depend on its batch. False pads the images, as published.
         size_divisibility: pad images to a multiple of this; 0: to the batch's largest only.
         fit_weights: called with the model and the weights that ``load_state_dict`` gets, which it may
-            change in place.
+            change in place; None: the class's own.
     """
 
     default_config = ""  # shipped config behind the yacs name, see ``from_config``
-    # What models of a yacs config read weights with, see ``yacs.py``; detectron2's checkpointer would
-    # leave a model of other names as it was initialised, with log lines alone.
+    # Set by ``engine/checkpoint.py`` and, for models of a yacs config, ``yacs.py``: detectron2's checkpointer
+    # would leave a model of other names as it was initialised, with log lines alone.
+    fit_weights: Callable[[nn.Module, dict[str, Any]], None] | None = None
     yacs_fit_weights: Callable[[nn.Module, dict[str, Any]], None] | None = None
     pixel_mean: Tensor  # (3, 1, 1)
     pixel_std: Tensor  # (3, 1, 1)
@@ -98,7 +99,8 @@ class SetDetector(nn.Module):
         self.exact_sizes = exact_sizes
         self.pad_features = pad_features
         self.size_divisibility = size_divisibility
-        self.fit_weights = fit_weights
+        if fit_weights is not None:
+            self.fit_weights = fit_weights
         shapes = backbone.output_shape()
         self.strides = [shapes[name].stride for name in in_features]
         self.strides += [
@@ -118,6 +120,12 @@ class SetDetector(nn.Module):
         if self.fit_weights is not None and not prefix:
             self.fit_weights(self, state_dict)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def to(self, *args: Any, **kwargs: Any) -> SetDetector:
+        """torch's; the device may be "auto", as in the configs: detectron2's scripts pass it on."""
+        if args and args[0] == "auto":
+            args = (resolve_device("auto"), *args[1:])
+        return super().to(*args, **kwargs)
 
     @property
     def device(self) -> torch.device:
