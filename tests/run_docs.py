@@ -52,7 +52,11 @@ CHANGED = [
     ),
     (r"^(python benchmarks/cuda_report.py).*", r"\1 --help", "needs nvcc and minutes"),
     *([] if "DETECTRON2" in os.environ else [(r"\$DETECTRON2/", None, "needs a checkout: DETECTRON2=...")]),
-    (r"train\.max_iter=369650 train\.eval_period=7393", "train.max_iter=2 train.eval_period=2", "two iterations"),
+    (
+        r"train\.max_iter=369650 train\.eval_period=7393",
+        "train.max_iter=2 train.eval_period=2",
+        "two iterations",
+    ),
     (r"train.wandb.enabled=true", "train.wandb.enabled=false", "needs an account"),
     (r"(?<=--num-gpus )8|(?<=--nproc-per-node )8", "2", "two processes instead of eight"),
     (r"\bnode0\b", "127.0.0.1", "both machines are this one"),

@@ -30,7 +30,14 @@ print(type(DefaultTrainer.build_optimizer(plain, torch.nn.Linear(2, 2))).__mro__
 
 def test_the_variable_alone_brings_the_detectors(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, str(ROOT / "configs" / "yacs" / "sparse_detr_r50.yaml")],
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            SCRIPT,
+            str(ROOT / "configs" / "yacs" / "sparse_detr_r50.yaml"),
+        ],
         env={
             **os.environ,
             "DETECTRON2_ENV_MODULE": "sparse_detr.detectron2_env",

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from sparse_detr.engine import Checkpointer
-from sparse_detr.engine.weights import read_torch
 from sparse_detr.errors import UserError
 
 

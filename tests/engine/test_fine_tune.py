@@ -184,20 +184,30 @@ def test_torchvision_resnets_load_under_their_own_names(stride_in_1x1, tmp_path,
         torch.testing.assert_close(model.backbone(first)["res5"], image, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("msra_model", [False, True])
 @pytest.mark.parametrize("msra_weights", [False, True, None])
-def test_the_kind_of_a_resnet_is_told_by_its_norms(msra_model, msra_weights, tmp_path, caplog):
-    """In a file without a maker's name; None: norms as initialised, which do not tell."""
+def test_the_kind_of_a_resnet_is_told_by_its_first_convolution(
+    msra_model, msra_weights, merged, tmp_path, caplog
+):
+    """In a file without a maker's name; None: as initialised, which does not tell.
+
+    detectron2's files of Caffe2's kind have the norms' statistics merged into scale and bias, Keras' do not.
+    """
     cfg = get_config("custom/dino_r50", ["model.num_classes=3"]).model
     cfg.backbone.stages.stride_in_1x1 = msra_model
     cfg.transformer.encoder.num_layers = cfg.transformer.decoder.num_layers = 1
     model = instantiate(cfg)
     backbone = {k: v.clone() for k, v in model.backbone.state_dict().items()}
-    for name, value in backbone.items():
-        if msra_weights is not None and name.endswith("norm.bias"):
-            value.normal_()
-        if msra_weights is False and name.endswith("running_mean"):
-            value.normal_()
+    stem = {k: v for k, v in backbone.items() if k.startswith("stem.")}
+    assert 0.2 < stem["stem.conv1.weight"].flatten(1).norm(dim=1).median() < 0.5  # untrained, all scales 1
+    if msra_weights is not None:
+        stem["stem.conv1.norm.bias"].normal_()
+        deviation = 1.0 if merged else 7.0
+        stem["stem.conv1.norm.running_var"].fill_(deviation**2)
+        if not merged:
+            stem["stem.conv1.norm.running_mean"].normal_()
+        stem["stem.conv1.norm.weight"].mul_(deviation * (2.5 / 58 if msra_weights else 2.5))
     torch.save(backbone, tmp_path / "backbone.pth")
     with caplog.at_level(logging.INFO):
         start(model, str(tmp_path / "backbone.pth"))
