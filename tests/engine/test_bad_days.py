@@ -133,6 +133,39 @@ def test_a_signal_to_the_whole_group_ends_a_run_in_good_order(tmp_path, number, 
         assert torch.load(folder / last, weights_only=True)["iteration"] + 1 >= len(rows(folder))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["launcher", "group"])
+def test_sigterm_ends_several_processes_in_good_order(tmp_path, send):
+    """The launcher passes it on; sent to all at once, it reaches the processes twice."""
+    data, folder = tmp_path / "data", tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train_net.py"), "--num-gpus", "2", "--config-file", TINY]
+    command += [*overrides(data, folder), "train.max_iter=100000", "train.grad_accumulation=1"]
+    with open(tmp_path / "output", "w+") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(ROOT / "projects"),
+                "CUDA_VISIBLE_DEVICES": "",
+            },
+        )
+        deadline = time.monotonic() + 200
+        while len(rows(folder)) < 5 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        send(process.pid, signal.SIGTERM)
+        status = process.wait(timeout=100)
+        output.seek(0)
+        said = output.read()
+    assert status == 143 and "Traceback" not in said, said
+    last = (folder / "last_checkpoint").read_text()
+    assert torch.load(folder / last, weights_only=True)["iteration"] + 1 >= len(rows(folder))
+    assert f"--resume goes on from {folder}/{last}" in said
+
+
 @pytest.fixture
 def truncated(tmp_path):
     """One sound JPEG, and one whose second half is missing."""

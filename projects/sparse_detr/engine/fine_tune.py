@@ -105,8 +105,8 @@ def resnet_kind(model: nn.Module) -> str | None:
     return "Caffe2" if max(block.conv1.stride) == 2 else "torchvision"
 
 
-# Of a trained ResNet's first convolution: its filters' norm, the batch norm behind it included. Caffe2's takes
-# pixels of 0 to 255 (.017 in Keras' ResNet-50), torchvision's have been divided by their deviation of some 58.
+# Of a trained ResNet's first convolution: the norm of its filters, times the scale of the batch norm behind
+# it. Caffe2's takes pixels of 0 to 255 (.017 in Keras' ResNet-50), torchvision's a 58th of that.
 _STEM_GAIN = 0.13
 
 

@@ -1,6 +1,7 @@
 """Starting processes: detectron2's launcher, or those that torchrun or SLURM's srun started."""
 
 import argparse
+import contextlib
 import gc
 import os
 import re
@@ -12,9 +13,10 @@ import torch.distributed.nn  # before a group exists: its functions' defaults wo
 from detectron2.engine import launch as detectron2_launch
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
-from torch.multiprocessing import ProcessRaisedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..errors import UserError
+from .signals import EXIT_STATUS, sigterm_reaches_children
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -37,15 +39,21 @@ def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespac
             )
         started = None
     if started is None:
+        several = args.num_gpus > 1  # with one, it is this process that trains
         try:
-            detectron2_launch(
-                main,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(args,),
-            )
+            with sigterm_reaches_children() if several else contextlib.nullcontext():
+                detectron2_launch(
+                    main,
+                    args.num_gpus,
+                    num_machines=args.num_machines,
+                    machine_rank=args.machine_rank,
+                    dist_url=args.dist_url,
+                    args=(args,),
+                )
+        except ProcessExitedException as error:
+            if error.exit_code != EXIT_STATUS:
+                raise
+            raise SystemExit(EXIT_STATUS) from None
         except ProcessRaisedException as error:  # it holds the process's traceback as text
             told = re.search(rf"^{UserError.__module__}\.UserError: (.*)", error.msg, re.M | re.S)
             if told is None:

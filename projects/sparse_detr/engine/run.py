@@ -151,6 +151,7 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, float
         if trainer.steps and not written:
             checkpointer.save(f"model_{last:07d}", iteration=last)
         logger.info("ended by SIGTERM: %s", _how_to_go_on(checkpointer))
+        comm.synchronize()  # who leaves first has the launcher end the others
         raise SystemExit(EXIT_STATUS)
     final = os.path.join(cfg.train.output_dir, "model_final.pth")
     if (trainer.stopped and trainer.steps) or not os.path.isfile(final):  # or found broken, and set aside
