@@ -106,7 +106,8 @@ def resnet_kind(model: nn.Module) -> str | None:
 
 
 # Of a trained ResNet's first convolution: the norm of its filters, times the scale of the batch norm behind
-# it. Caffe2's takes pixels of 0 to 255 (.017 in Keras' ResNet-50), torchvision's a 58th of that.
+# it. Caffe2's takes pixels of 0 to 255 (.017 in Keras' ResNet-50); torchvision's, of pixels divided by their
+# deviation, is some 58 times larger.
 _STEM_GAIN = 0.13
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from detectron2.config import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch.nn.utils import clip_grad_norm_
 
 from ..errors import UserError
@@ -31,12 +31,12 @@ class AdamW(torch.optim.AdamW):
         UserError: ``train`` asks for what the trainer would leave out, or is silent on what it needs.
     """
 
-    def __init__(self, params: Iterable, *, train: Mapping | None = None, **options) -> None:
+    def __init__(self, params: Iterable, *, train: DictConfig | None = None, **options) -> None:
         if train is not None:
-            _check_unaided(OmegaConf.create(train))
+            _check_unaided(train)
         super().__init__(params, **options)
-        if train is not None and train["clip_grad"]["enabled"]:
-            clip_in_step(self, train["clip_grad"]["max_norm"])
+        if train is not None and train.clip_grad.enabled:
+            clip_in_step(self, train.clip_grad.max_norm)
 
 
 def _check_unaided(train: DictConfig) -> None:
