@@ -120,3 +120,15 @@ def test_the_papers_numbers(config, gmacs):
     model = instantiate(get_config(f"sparse_detr/{config}", ["model.num_classes=91"]).model)
     found = analyze(model, (800, 1066)).total
     assert found.macs / 1e9 == pytest.approx(gmacs, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("sparse_detr/sparse_detr_r50_10_50ep", (800, 1066)),
+        ("quick/sparse_detr_r50_custom", (240, 320)),
+        ("quick/sparse_detr_shapes", (144, 192)),
+    ],
+)
+def test_the_size_is_the_evaluations(name, size):
+    assert tool.test_size(get_config(name)) == size

@@ -68,7 +68,7 @@ def test_a_folder_becomes_pictures_and_coco_json(run_folder, images, tmp_path, c
     demo.main(arguments)
     assert "in 2 images" in capsys.readouterr().out
     assert sorted(p.name for p in pictures.iterdir()) == ["a.png", "b.jpg"]
-    assert Image.open(pictures / "a.png").size == (60, 40)
+    assert Image.open(pictures / "a.png").size == (600, 400)  # enlarged, so that labels hide nothing
 
     coco = json.loads(found.read_text())
     assert coco["images"][0] == {"id": 1, "file_name": "a.png", "height": 40, "width": 60}
@@ -86,7 +86,7 @@ def test_a_folder_becomes_pictures_and_coco_json(run_folder, images, tmp_path, c
     assert first[0]["bbox"] == pytest.approx([x0, y0, x1 - x0, y1 - y0], abs=1e-4)
 
 
-def test_the_json_alone_writes_no_picture(run_folder, images, tmp_path, monkeypatch):
+def test_the_json_alone_writes_no_picture(run_folder, images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = [
         "--run",
@@ -103,6 +103,11 @@ def test_the_json_alone_writes_no_picture(run_folder, images, tmp_path, monkeypa
     demo.main(arguments)
     coco = json.loads(Path("found.json").read_text())
     assert [x["file_name"] for x in coco["images"]] == ["a.png"] and coco["annotations"] == []
+    pixels = np.asarray(Image.open(images / "a.png"))[:, :, ::-1]
+    best = sparse_detr.Predictor(str(run_folder), device="cpu")(pixels)["instances"].scores[0]
+    assert f"no detection of at least 0.999 in 1 images; the best score is {best:.3f}, in a.png" in (
+        capsys.readouterr().out
+    )
     assert not Path("output").exists()
 
 
@@ -141,7 +146,8 @@ def test_a_video_becomes_a_video(run_folder, film, tmp_path):
     ]
     demo.main(arguments)
     drawn = cv2.VideoCapture(str(output / "film.mp4"))
-    assert drawn.get(cv2.CAP_PROP_FRAME_COUNT) == 3 and drawn.get(cv2.CAP_PROP_FRAME_WIDTH) == 64
+    assert drawn.get(cv2.CAP_PROP_FRAME_COUNT) == 3
+    assert drawn.get(cv2.CAP_PROP_FRAME_WIDTH) == 64 * 9  # enlarged, as pictures are
     names = [x["file_name"] for x in json.loads(found.read_text())["images"]]
     assert names == [f"film.mp4/{i:06d}" for i in range(3)]
 

@@ -28,15 +28,21 @@ from tqdm import tqdm
 from sparse_detr.data import ImageError, read_image
 from sparse_detr.errors import UserError
 from sparse_detr.predictor import Predictor
-from sparse_detr.visualize import draw_detections
+from sparse_detr.visualize import draw_detections, readable_scale
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 class Results:
-    """Detections of many images as the sections of a COCO annotation file."""
+    """Detections of many images as the sections of a COCO annotation file.
 
-    def __init__(self, predict: Predictor) -> None:
+    Attributes:
+        best: the highest score of all, below the threshold too, and its image.
+    """
+
+    def __init__(self, predict: Predictor, threshold: float) -> None:
+        self.predict, self.threshold = predict, threshold
+        self.best = (0.0, "")
         ids = predict.metadata.get("thing_dataset_id_to_contiguous_id")
         self.ids = (
             {v: k for k, v in ids.items()} if ids else {i: i + 1 for i in range(len(predict.class_names))}
@@ -47,11 +53,39 @@ class Results:
             "annotations": [],
         }
 
-    def add(self, file_name: str, instances) -> None:
+    def add(self, file_name: str, image: np.ndarray, draw: bool) -> np.ndarray | None:
+        """Detects in ``image``, BGR; draws on it what is found, RGB, if asked."""
+        instances = self.predict(image)["instances"].to("cpu")
+        if len(instances):
+            self.best = max(self.best, (float(instances.scores[0]), file_name))
+        instances = instances[instances.scores >= self.threshold]
+        self._note(file_name, instances)
+        if not draw:
+            return None
+        rgb = np.ascontiguousarray(image[:, :, ::-1])
+        return draw_detections(
+            rgb,
+            instances,
+            self.predict.metadata,
+            threshold=self.threshold,
+            scale=readable_scale(*image.shape[:2]),
+        )
+
+    def summary(self) -> str:
+        count, images = (len(self.sections[part]) for part in ("annotations", "images"))
+        if count or not self.best[1]:
+            return f"{count} detections of at least {self.threshold} in {images} images"
+        score, name = self.best
+        return (
+            f"no detection of at least {self.threshold} in {images} images; the best score is {score:.3f}, "
+            f"in {name}: pass a lower --threshold to see it"
+        )
+
+    def _note(self, file_name: str, instances) -> None:
         images, annotations = self.sections["images"], self.sections["annotations"]
         height, width = instances.image_size
         images.append({"id": len(images) + 1, "file_name": file_name, "height": height, "width": width})
-        for found in instances_to_coco_json(instances.to("cpu"), len(images)):
+        for found in instances_to_coco_json(instances, len(images)):
             found["category_id"] = self.ids[found["category_id"]]
             area = found["bbox"][2] * found["bbox"][3]
             annotations.append({"id": len(annotations) + 1, **found, "area": area, "iscrowd": 0})
@@ -105,22 +139,19 @@ def drawings(images: list[Path], video: Path | None, output: Path) -> dict[Path,
     return targets
 
 
-def run_images(predict: Predictor, paths: list[Path], targets: dict[Path, Path], results: Results) -> None:
+def run_images(paths: list[Path], targets: dict[Path, Path], results: Results) -> None:
     for path in tqdm(paths, unit="image"):
         try:
             image = read_image(str(path), "BGR")
         except ImageError as error:
             tqdm.write(f"skipped {path}: {error.problem}; {error.advice}", file=sys.stderr)
             continue
-        instances = predict(image)["instances"]
-        results.add(path.name, instances)
-        if path in targets:
-            rgb = np.ascontiguousarray(image[:, :, ::-1])
-            picture = draw_detections(rgb, instances, predict.metadata, threshold=predict.threshold)
+        picture = results.add(path.name, image, draw=path in targets)
+        if picture is not None:
             Image.fromarray(picture).save(targets[path])
 
 
-def run_video(predict: Predictor, path: Path, target: Path | None, results: Results) -> None:
+def run_video(path: Path, target: Path | None, results: Results) -> None:
     """Frame by frame; the frames are named ``<video>/000000`` and so on in the results."""
     video, writer = cv2.VideoCapture(str(path)), None
 
@@ -135,13 +166,9 @@ def run_video(predict: Predictor, path: Path, target: Path | None, results: Resu
     total = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
     try:
         for index, frame in enumerate(tqdm(frames(), total=max(total, 0) or None, unit="frame")):
-            instances = predict(frame)["instances"]
-            results.add(f"{path.name}/{index:06d}", instances)
-            if target is None:
+            picture = results.add(f"{path.name}/{index:06d}", frame, draw=target is not None)
+            if picture is None:
                 continue
-            picture = draw_detections(
-                frame[:, :, ::-1], instances, predict.metadata, threshold=predict.threshold
-            )
             if writer is None:
                 writer = cv2.VideoWriter(
                     str(target),
@@ -199,23 +226,21 @@ def main(arguments: list[str] | None = None) -> None:
         args.weights,
         overrides=args.opts,
         device=args.device,
-        threshold=args.threshold,
         keep_ratio=args.keep_ratio,
     )
     for folder in filter(None, (output, args.json and Path(args.json).parent)):
         folder.mkdir(parents=True, exist_ok=True)
-    results = Results(predict)
+    results = Results(predict, args.threshold)
     # Opened before the work, written also after what interrupts it.
     with open(args.json or os.devnull, "w", encoding="utf-8") as file:
         try:
             if images:
-                run_images(predict, images, targets, results)
+                run_images(images, targets, results)
             if video is not None:
-                run_video(predict, video, targets.get(video), results)
+                run_video(video, targets.get(video), results)
         finally:
             json.dump(results.sections, file)
-    count = len(results.sections["annotations"])
-    print(f"{count} detections of at least {args.threshold} in {len(results.sections['images'])} images")
+    print(results.summary())
     for written in filter(None, (output, args.json)):
         print(written)
 

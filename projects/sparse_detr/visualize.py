@@ -10,6 +10,11 @@ from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 
 
+def readable_scale(height: int, width: int, side: int = 400) -> int:
+    """How much to enlarge an image, so that its labels do not cover its objects: to ``side`` or more."""
+    return max(1, -(-side // min(height, width)))
+
+
 def draw_detections(
     image: np.ndarray,
     instances: Instances,
