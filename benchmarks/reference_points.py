@@ -4,6 +4,7 @@
     python benchmarks/reference_points.py                           tables, published and exact sizes
     python benchmarks/reference_points.py --picture points.png      one row of cells, level by level
     python benchmarks/reference_points.py --receptive-field         which pixels a cell sees
+    python benchmarks/reference_points.py --places output/my_run    AP with one place at a time the other way
 
 A token's reference point on a level is turned into pixels of the image and compared with the centre of
 its cell, ``(j + .5) * stride``. A box's centre on a level is what the decoder looks around for a query at
@@ -11,16 +12,19 @@ the image's far edge. All of it is read off a real model's tokens: two-stage Def
 levels of strides 8 to 64.
 """
 
+import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import _checkout
 import torch
 from tabulate import tabulate
 
-from sparse_detr import build_model
-from sparse_detr.modeling import SetDetector, Tokens
+from sparse_detr import build_model, load_config
+from sparse_detr.engine import Evaluation
+from sparse_detr.modeling import DetectionTransformer, SetDetector, Tokens
 
 CONFIG = "deformable_detr/deformable_detr_r50_two_stage_50ep"
 SMALL = (
@@ -156,11 +160,50 @@ def receptive_field(size: int = 384, mixes: int = 3, draws: int = 2) -> str:
     return tabulate(rows, ["stride", "measured", "j * stride + .5", "(j + .5) * stride"], "github")
 
 
+# What of the tokens each place reads
+PLACES = {
+    "encoder references": ("reference_points",),
+    "proposals": ("centres", "proposals", "unproposed"),
+    "decoder's scaling": ("valid_ratios",),
+    "position codes": ("position",),
+}
+
+
+def places(folder: str) -> str:
+    """AP of a run's weights with all sizes as trained, with one place the other way, and with all."""
+    cfg = load_config(folder)
+    exact = cfg.model.exact_sizes
+    evaluation = Evaluation(cfg)
+    tokenize = DetectionTransformer.tokenize
+    rows = []
+    for name, changed in {"none": (), **PLACES, "all four": sum(PLACES.values(), ())}.items():
+
+        def mixed(self, maps, masks, has_padding=True, extents=None, changed=changed):
+            tokens = tokenize(self, maps, masks, has_padding, extents if exact else None)
+            other = tokenize(self, maps, masks, has_padding, None if exact else extents)
+            for attribute in changed:
+                setattr(tokens, attribute, getattr(other, attribute))
+            return tokens
+
+        model = build_model(
+            cfg, os.path.join(folder, "model_final.pth"), overrides=["model.exact_sizes=true"]
+        )
+        with mock.patch.object(DetectionTransformer, "tokenize", mixed):
+            found = evaluation(model)["bbox"]
+        rows.append([name, *(found[key] for key in ("AP", "AP50", "AP75"))])
+    here, there = ("exact", "as published") if exact else ("as published", "exact")
+    return f"trained {here}; {there} in inference:\n\n{tabulate(rows, ['', 'AP', 'AP50', 'AP75'], 'github', '.1f')}"
+
+
 def main() -> None:
     parser = _checkout.parser(__doc__)
     parser.add_argument("--picture", metavar="FILE", help="draw one row of cells instead")
     parser.add_argument("--receptive-field", action="store_true", help="measure where cells look instead")
+    parser.add_argument("--places", metavar="RUN", help="evaluate a run's weights with mixed sizes instead")
     args = parser.parse_args()
+    if args.places:
+        print(places(args.places))
+        return
     if args.receptive_field:
         print("Pixels from j * stride to the centre of what cell j sees (random weights):\n")
         print(receptive_field())

@@ -6,8 +6,8 @@
     python tools/analyze_model.py --config-file ... --size 850x1040 --depth 3 --json costs.json
     python tools/analyze_model.py --config-file ... model.transformer.encoder.keep_ratio=0.5
 
-`--config-file` takes a file, a run's folder or the name of a shipped config. What is counted, and how the numbers
-relate to the papers', is in docs/flops.md.
+`--config-file` takes a file, a run's folder or the name of a shipped config. What is counted, and how
+the numbers relate to the papers', is in docs/flops.md.
 """
 
 import json
