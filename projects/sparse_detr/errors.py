@@ -2,8 +2,12 @@
 
 import contextlib
 import errno
+import json
+import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -17,14 +21,23 @@ def told_in_one_line() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        sys.exit(f"error: {error}")
+        _end(f"error: {error}")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        sys.exit(f"error: {error}: make room, then start again, a training with --resume")
+        _end(f"error: {error}: make room, then start again, a training with --resume")
     except KeyboardInterrupt as error:
         print(f"interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
         sys.exit(130)
+
+
+def _end(line: str) -> NoReturn:
+    """Exits with the line, which torchrun repeats at the end of its own report on the failed processes."""
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        os.makedirs(os.path.dirname(report), exist_ok=True)
+        with open(report, "w", encoding="utf-8") as file:
+            json.dump({"message": line, "timestamp": int(time.time())}, file)
+    sys.exit(line)
 
 
 def listed(names: Sequence[str], limit: int = 10) -> str:
