@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from omegaconf import OmegaConf
@@ -16,7 +15,6 @@ from sparse_detr.config import (
     get_config,
     list_configs,
     load_config,
-    resolve_device,
 )
 from sparse_detr.errors import UserError
 
@@ -214,23 +212,6 @@ def test_a_runs_folder_stands_for_its_config(tmp_path):
 def test_without_a_config_it_says_what_to_pass():
     with pytest.raises(UserError, match="pass --config-file with .* such as custom/sparse_detr_r50"):
         config_path("")
-
-
-def test_devices_are_looked_for_before_they_are_used(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
-    for name, message in (
-        ("cuda", "train.device=cuda, but torch sees no GPU: pass train.device=cpu"),
-        ("gpu", "train.device=gpu: expected auto, cuda, cuda:0 or cpu"),
-    ):
-        with pytest.raises(UserError, match=message):
-            resolve_device(name, "train.device")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert resolve_device("auto") == torch.device("cuda")
-    assert resolve_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(UserError, match="device=cuda:2, but torch sees 2 GPUs"):
-        resolve_device("cuda:2")
 
 
 @pytest.mark.parametrize("value", ["20241126", "2024_11_26", "007", "true", "1e3", "1.50", "inf"])

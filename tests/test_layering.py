@@ -33,15 +33,16 @@ RULES = (
     (r"modeling\.encoders\..*", rf"kernels|{BASE}|modeling\.(encoder|selection|heads|proposals)"),
     (r"modeling\.encoders", r"modeling\.encoders\..*"),
     (r"modeling\.(transformer|postprocess|backbone)", r"modeling\.(?!encoders|meta_arch).*"),
-    (r"modeling\.meta_arch", r"modeling\.(?!encoders).*|config|errors"),
+    (r"modeling\.meta_arch", r"modeling\.(?!encoders).*|config|devices|errors"),
     (r"modeling", r"modeling\..*"),
     (
         r"modeling\..*",
         rf"{BASE}|modeling\.(?!encoders|meta_arch|transformer|postprocess|backbone).*",
     ),
     (r"errors", r"errors"),
+    (r"devices", r"errors"),
     (r"data(\..*)?", r"data(\..*)?|errors"),
-    (r"engine(\..*)?", rf"engine(\..*)?|data(\..*)?|config|errors|{MODELING}"),
+    (r"engine(\..*)?", rf"engine(\..*)?|data(\..*)?|config|devices|errors|{MODELING}"),
     (r"config", r"configs(\..*)?|data(\..*)?|errors"),
     (r"yacs", r"modeling|config|errors|engine\.(checkpoint|optimizer)"),
     (r"detectron2_env", r"yacs"),
@@ -49,7 +50,7 @@ RULES = (
     (r"__init__", r"(?!tools|tests|train_net).*"),
     (
         r"predictor|analysis|overlays|visualize|export",
-        r"__init__|kernels|modeling(\..*)?|config|errors|engine\.checkpoint|data\.image"
+        r"__init__|kernels|modeling(\..*)?|config|devices|errors|engine\.checkpoint|data\.image"
         r"|predictor|analysis|overlays|visualize|export",
     ),
 )

@@ -49,6 +49,14 @@ def add_keep_ratio(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        help='precision: "bfloat16"; "auto": bfloat16 where the hardware has it (default: float32)',
+    )
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Runs a script; what its user has to mend is told in one line."""
     from sparse_detr.errors import told_in_one_line

@@ -205,6 +205,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="lowest score shown (default: 0.5)",
     )
     _checkout.add_keep_ratio(parser)
+    _checkout.add_dtype(parser)
     parser.add_argument("--device", default="auto", help='"cuda", "cpu" (default: the GPU if any)')
     parser.add_argument(
         "--opts", nargs="+", default=[], metavar="KEY=VALUE", help="config overrides, path.key=value"
@@ -227,6 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
         overrides=args.opts,
         device=args.device,
         keep_ratio=args.keep_ratio,
+        dtype=args.dtype,
     )
     for folder in filter(None, (output, args.json and Path(args.json).parent)):
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ train = dict(
     # evaluate and keep a moving average of the weights; warmup in iterations
     model_ema=dict(enabled=False, decay=0.9997, warmup=2000),
     grad_accumulation=1,  # compute a batch in so many parts: less memory, same training
+    eval_dtype="float32",  # precision of evaluations: "bfloat16"; "auto": where the hardware has it
     amp=dict(enabled=False, dtype="bfloat16"),  # or "float16" (GPU only)
     clip_grad=dict(enabled=True, max_norm=0.1),  # global L2 norm
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),

@@ -16,7 +16,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 
-import torch
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 from detectron2.utils.registry import locate
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -268,23 +267,6 @@ def _stored_name(name: str) -> str:
     if name == "???" or "${" in name or name.startswith('"'):
         return json.dumps(name).replace("?", "\\u003f").replace("$", "\\u0024")
     return name
-
-
-def resolve_device(name: str, key: str = "device") -> torch.device:
-    """The device of that name; "auto" is the GPU if there is one, else the CPU.
-
-    Raises:
-        UserError: there is no such device; ``key`` is what the message calls it.
-    """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    try:
-        device = torch.device(name if name != "auto" else "cuda" if gpus else "cpu")
-    except RuntimeError:
-        raise UserError(f"{key}={name}: expected auto, cuda, cuda:0 or cpu") from None
-    if device.type == "cuda" and (device.index or 0) >= gpus:
-        seen = f"torch sees {gpus} GPUs" if gpus else "torch sees no GPU"
-        raise UserError(f"{key}={name}, but {seen}: pass {key}=cpu")
-    return device
 
 
 def config_path(name: str | os.PathLike) -> str:

@@ -15,7 +15,8 @@ from detectron2.data import transforms as T
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from .config import resolve_config, resolve_device, stored_classes
+from .config import resolve_config, stored_classes
+from .devices import mixed_precision, resolve_device, resolve_dtype
 from .engine.checkpoint import Checkpointer
 from .errors import UserError
 from .modeling import SetDetector
@@ -55,7 +56,8 @@ class Predictor:
         threshold: drop detections whose score is lower.
         keep_ratio: share of the tokens that the encoder refreshes, in (0, 1], instead of the
             config's; for models whose encoder has one. Also an attribute that can be set.
-        dtype: torch.bfloat16 or torch.float16 run in mixed precision.
+        dtype: precision, a torch dtype or its name: torch.bfloat16 and torch.float16 are mixed precision;
+            "auto" is bfloat16 where the hardware multiplies in it, else float32.
 
     Attributes:
         cfg, model: the config and the detector.
@@ -85,7 +87,7 @@ class Predictor:
         device: str = "auto",
         threshold: float = 0.0,
         keep_ratio: float | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
     ):
         self.cfg, self.model, checkpoint = _build(config, weights, overrides, device)
         if checkpoint is None:
@@ -98,7 +100,7 @@ class Predictor:
             if isinstance(augmentations, DictConfig) and k in augmentations
         }
         self.threshold = threshold
-        self.dtype = dtype
+        self.dtype = resolve_dtype(dtype, self.model.device)
         if keep_ratio is not None:
             self.keep_ratio = keep_ratio
         names = checkpoint.get("class_names") if checkpoint else None
@@ -141,8 +143,7 @@ class Predictor:
             return self([image])[0]
         if not image:
             return []
-        autocast = torch.autocast(self.model.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        with autocast:
+        with mixed_precision(self.model.device, self.dtype):
             results = self.model([self._prepare(one) for one in image])
         return [{"instances": r["instances"][r["instances"].scores >= self.threshold]} for r in results]
 

@@ -17,8 +17,9 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 
-from ..config import config_path, resolve_classes, resolve_device
+from ..config import config_path, resolve_classes
 from ..data.loader import seed_everything
+from ..devices import mixed_precision, resolve_device, resolve_dtype
 from ..errors import UserError
 from ..modeling.meta_arch import SetDetector
 from .best import BestCheckpoint
@@ -63,10 +64,13 @@ class Evaluation:
         self.loader = instantiate(cfg.dataloader.test)
         # after the loader, which may have registered the set
         self.evaluator = instantiate(cfg.dataloader.evaluator)
+        self.dtype = cfg.train.get("eval_dtype", "float32")  # config.yaml of older runs have none
 
     def __call__(self, model: torch.nn.Module) -> dict[str, dict[str, float]]:
         """The evaluator's results (COCOEvaluator: percent); empty but in the main process."""
-        results = inference_on_dataset(model, self.loader, self.evaluator)
+        device = next(model.parameters()).device
+        with mixed_precision(device, resolve_dtype(self.dtype, device, "train.eval_dtype")):
+            results = inference_on_dataset(model, self.loader, self.evaluator)
         print_csv_format(results)
         return results
 

@@ -16,7 +16,8 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..config import from_yacs, resolve_device
+from ..config import from_yacs
+from ..devices import resolve_device
 from ..errors import UserError
 from .backbone import fold_frozen_norms
 from .boxes import xyxy_to_cxcywh
