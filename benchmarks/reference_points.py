@@ -25,6 +25,7 @@ from tabulate import tabulate
 from sparse_detr import build_model, load_config
 from sparse_detr.engine import Evaluation
 from sparse_detr.modeling import DetectionTransformer, SetDetector, Tokens
+from sparse_detr.modeling.tokens import exact_extents
 
 CONFIG = "deformable_detr/deformable_detr_r50_two_stage_50ep"
 SMALL = (
@@ -174,20 +175,31 @@ def places(folder: str) -> str:
     cfg = load_config(folder)
     exact = cfg.model.exact_sizes
     evaluation = Evaluation(cfg)
-    tokenize = DetectionTransformer.tokenize
+    transform, tokenize = SetDetector._transform, DetectionTransformer.tokenize
     rows = []
     for name, changed in {"none": (), **PLACES, "all four": sum(PLACES.values(), ())}.items():
+        other: list[Tokens] = []
 
-        def mixed(self, maps, masks, has_padding=True, extents=None, changed=changed):
-            tokens = tokenize(self, maps, masks, has_padding, extents if exact else None)
-            other = tokenize(self, maps, masks, has_padding, None if exact else extents)
+        def with_both(self, maps, masks, sizes, has_padding, targets, other=other):
+            padded = tuple(map(max, zip(*sizes)))
+            self.exact_sizes = not exact
+            extents = None if exact else exact_extents(sizes, self.strides, self.pixel_mean)
+            other_masks = self._masks(maps, sizes, padded)
+            self.exact_sizes = exact
+            other[:] = [tokenize(self.transformer, maps, other_masks, has_padding, extents)]
+            return transform(self, maps, masks, sizes, has_padding, targets)
+
+        def mixed(self, *args, changed=changed, other=other):
+            tokens = tokenize(self, *args)
             for attribute in changed:
-                setattr(tokens, attribute, getattr(other, attribute))
+                setattr(tokens, attribute, getattr(other[0], attribute))
             return tokens
 
         model = build_model(cfg, os.path.join(folder, "model_final.pth"))
-        model.exact_sizes = True  # has it hand over both sizes; what else follows the key is as trained
-        with mock.patch.object(DetectionTransformer, "tokenize", mixed):
+        with (
+            mock.patch.object(SetDetector, "_transform", with_both),
+            mock.patch.object(DetectionTransformer, "tokenize", mixed),
+        ):
             found = evaluation(model)["bbox"]
         rows.append([name, *(found[key] for key in ("AP", "AP50", "AP75"))])
     here, there = ("exact", "as published") if exact else ("as published", "exact")

@@ -421,7 +421,7 @@ def _repeated(values: Iterable[object]) -> list[object]:
 
 
 def _is_size(value: object) -> bool:
-    return is_number(value) and value > 0  # type: ignore[operator]
+    return is_number(value) and value > 0
 
 
 def _is_text(value: object) -> bool:

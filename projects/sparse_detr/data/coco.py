@@ -11,6 +11,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeGuard
 
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
@@ -169,10 +170,10 @@ def in_order(records: Iterable[dict]) -> list[dict]:
 
 def is_area(value: object) -> bool:
     """A positive number, at most the largest that COCO's area ranges hold: above it nothing counts."""
-    return is_number(value) and 0 < value <= _LARGEST_AREA  # type: ignore[operator]
+    return is_number(value) and 0 < value <= _LARGEST_AREA
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """A finite number; no bool, and no integer beyond the range of floats."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 from collections.abc import Iterator, Sequence
+from typing import TypeGuard
 
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from pycocotools.coco import COCO
@@ -106,7 +107,7 @@ def detection_limits(value: int | Sequence[int] | None) -> list[int]:
     if value is None:
         return [1, 10, 100]
     if _is_count(value):
-        return [1, min(value, 10), value]  # type: ignore[type-var, list-item]
+        return [1, min(value, 10), value]
     if isinstance(value, Sequence) and not isinstance(value, str):
         limits = list(value)
         if len(limits) == 3 and all(map(_is_count, limits)) and limits == sorted(set(limits)):
@@ -117,7 +118,7 @@ def detection_limits(value: int | Sequence[int] | None) -> list[int]:
     )
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
