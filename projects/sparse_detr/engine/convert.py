@@ -72,7 +72,7 @@ _AUTHORS: list[Rule] = [
     (r"^label_enc\.", "transformer.denoising.label_embed."),
 ]
 
-# IDEA-Research/detrex and huawei-noah/noah-research: DINO and Focus-DETR.
+# IDEA-Research/detrex and huawei-noah/noah-research: Deformable DETR, DINO and Focus-DETR.
 _DETREX: list[Rule] = [
     (r"^neck\.convs\.(\d+)\.conv\.", r"neck.convs.\1."),
     (r"^neck\.convs\.(\d+)\.norm\.", r"neck.norms.\1."),
@@ -92,6 +92,10 @@ _DETREX: list[Rule] = [
     (r"^(transformer\.\w+\.layers\.\d+\.)ffns\.0\.layers\.1\.", r"\1ffn.linear2."),
     (r"^transformer\.decoder\.ref_point_head\.", "transformer.decoder.position_mlp."),
     (r"^label_enc\.", "transformer.denoising.label_embed."),
+    # Deformable DETR's
+    (r"^transformer\.pos_trans\.", "transformer.query_selection.position_proj."),
+    (r"^transformer\.pos_trans_norm\.", "transformer.query_selection.position_norm."),
+    (r"^transformer\.reference_points\.", "transformer.query_selection.reference_points."),
 ]
 
 _RULES = {"authors": _AUTHORS, "detrex": _DETREX, "transformers": []}  # the last: ``huggingface``
@@ -215,7 +219,7 @@ def _rename(key: str, naming: str, model: SetDetector) -> str | Split | None:
         return None
     if match := re.match(r"(class|bbox)_embed\.(\d+)\.(.*)", key):
         return _head_name(match[1], int(match[2]), match[3], model)
-    if key == "query_embed.weight":
+    if key in ("query_embed.weight", "query_embedding.weight"):  # the second: detrex
         if isinstance(getattr(model.transformer.query_selection, "position", None), nn.Embedding):
             return _split_query_embed
         return "transformer.query_selection.content.weight"

@@ -137,12 +137,12 @@ def to_transformers(model: SetDetector) -> dict[str, Tensor]:
             for name, part in zip("qkv", value.chunk(3)):
                 tensors[f"{prefix}{name}_proj.{match[1]}"] = part
         elif key != "transformer.query_selection.content.weight":
-            name = _renamed(key, reverse)
-            if name is None:
+            known = _renamed(key, reverse)
+            if known is None:
                 raise UserError(
                     f"transformers has no such Deformable DETR: nothing in it corresponds to {key}"
                 )
-            tensors[name] = value
+            tensors[known] = value
     tensors.update(_heads(model))
     return {name: value.detach().cpu().clone() for name, value in tensors.items()}
 

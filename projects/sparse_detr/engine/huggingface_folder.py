@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from ..errors import UserError
 from ..modeling.encoder import DenseEncoder
@@ -17,7 +18,7 @@ from .huggingface import to_transformers
 logger = logging.getLogger(__name__)
 
 # timm's names of ResNets, by their kind of block and the number of blocks per stage.
-_RESNETS = {
+_RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
     (True, (3, 4, 6, 3)): "resnet50",
     (True, (3, 4, 23, 3)): "resnet101",
     (True, (3, 8, 36, 3)): "resnet152",
@@ -76,7 +77,8 @@ def save_transformers(
 def _config(model: SetDetector) -> dict:
     """transformers' ``config.json`` for the model, in terms that its versions 4 and 5 read."""
     transformer = model.transformer
-    encoder, decoder, selection = transformer.encoder, transformer.decoder, transformer.query_selection
+    encoder: Any = transformer.encoder
+    decoder, selection = transformer.decoder, transformer.query_selection
     two_stage = isinstance(selection, ProposalQueries)
     depths = tuple(len(getattr(model.backbone, f"res{n}", ())) for n in (2, 3, 4, 5))
     bottleneck = all(hasattr(block, "conv3") for block in getattr(model.backbone, "res2", ()))
@@ -97,18 +99,19 @@ def _config(model: SetDetector) -> dict:
     }
     if unlike := [what for what, is_wrong in wrong.items() if is_wrong]:
         raise UserError(
-            f"transformers' Deformable DETR has {'; '.join(unlike)}: this model is another one. Those of "
-            "deformable_detr_r50_50ep, deformable_detr_r50_refine_50ep and deformable_detr_r50_two_stage_50ep "
-            "can be written"
+            f"transformers' Deformable DETR has {'; '.join(unlike)}: this model is another one. "
+            "Those of deformable_detr_r50_50ep, deformable_detr_r50_refine_50ep and "
+            "deformable_detr_r50_two_stage_50ep can be written"
         )
     if model.exact_sizes or model.pad_features:
         logger.warning(
-            "model.exact_sizes=%s and model.pad_features=%s: transformers has neither, and its boxes lie a little "
-            "beside this model's (docs/reference_points.md)",
+            "model.exact_sizes=%s and model.pad_features=%s: transformers has neither, and its boxes lie "
+            "a little beside this model's (docs/reference_points.md)",
             str(model.exact_sizes).lower(),
             str(model.pad_features).lower(),
         )
-    first, last = encoder.layers[0], decoder.layers[0]
+    first: Any = encoder.layers[0]
+    last: Any = decoder.layers[0]
     return {
         "architectures": ["DeformableDetrForObjectDetection"],
         "model_type": "deformable_detr",
