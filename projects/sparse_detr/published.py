@@ -102,9 +102,9 @@ def by_config() -> str:
         [
             (
                 f"`{config}`",
-                f"{entry.ap:g}",
+                str(entry.ap),
                 "no: browser" if entry.needs_browser else "yes",
-                ", ".join(f"{other.ap:g}" for other in others[config]),
+                ", ".join(str(other.ap) for other in others[config]),
             )
             for config, entry in sorted(first.items())
         ],
@@ -119,7 +119,7 @@ def by_repository() -> str:
             (
                 f"`{entry.name}`",
                 f"`{entry.config}`" if entry.config else "none",
-                f"{entry.ap:g}",
+                str(entry.ap),
                 f"[{'browser' if entry.needs_browser else 'file'}]({entry.url})",
                 entry.note,
             )
