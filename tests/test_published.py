@@ -259,6 +259,26 @@ def test_a_zip_is_read_for_the_weights_in_it(tmp_path):
         Checkpointer(again).load(str(tmp_path / "packed.zip"))
 
 
+# detrex's moving average, as its trainer stores it: the published AP is the average's
+
+
+def test_detrexs_moving_average_is_what_is_evaluated(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("sparse_detr"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("fvcore"), "propagate", True)
+    model = torch.nn.BatchNorm1d(2)
+    average = {"weight": torch.full((2,), 3.0), "running_mean": torch.full((2,), 5.0)}
+    torch.save({"model": model.state_dict(), "ema_state": average}, tmp_path / "weights.pth")
+    again = torch.nn.BatchNorm1d(2)
+    with caplog.at_level(logging.INFO):
+        Checkpointer(again).load(str(tmp_path / "weights.pth"), checkpointables=[])
+    assert again.weight.tolist() == [3, 3] and again.running_mean.tolist() == [5, 5]
+    assert again.running_var.tolist() == [1, 1]
+    assert "taking the moving average" in caplog.text
+    torch.save({"model": model.state_dict(), "ema_state": {}}, tmp_path / "weights.pth")
+    Checkpointer(again).load(str(tmp_path / "weights.pth"), checkpointables=[])
+    assert again.weight.tolist() == [1, 1]
+
+
 # detrex's Deformable DETR: names as in its code, under which its converted and its own weights are published
 
 _DETREX = (

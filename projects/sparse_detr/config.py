@@ -94,17 +94,15 @@ def published_weights(config: str | os.PathLike | DictConfig) -> str:
     Raises:
         UserError: none do, or it is another config, or a loaded one, which has no name.
     """
-    what = "a loaded config" if isinstance(config, DictConfig) else os.fspath(config)
-    path = "" if isinstance(config, DictConfig) else os.path.realpath(config_path(config))
-    root = os.path.realpath(_config_root())
-    if not path.startswith(root + os.sep):
+    what = "a loaded config" if isinstance(config, DictConfig) else config_path(config)
+    shipped = re.search(r"/configs/(\w+/\w+)\.py$", os.path.realpath(what).replace(os.sep, "/"))
+    if shipped is None or shipped[1] not in list_configs():
         raise UserError(
             f'"published" means the weights of a shipped config, and {what} is none: name one, as in '
             "published://dino/dino_r50_4scale_12ep (docs/model_zoo.md)"
         )
-    name = os.path.relpath(path, root).removesuffix(".py").replace(os.sep, "/")
-    published.find(name)
-    return published.PREFIX + name
+    published.find(shipped[1])
+    return published.PREFIX + shipped[1]
 
 
 def from_yacs(cfg: CfgNode, default: str) -> DictConfig:

@@ -140,6 +140,10 @@ def test_transformers_reads_what_is_written(name, tmp_path):
     )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert other.config.id2label == dict(enumerate("abcde"))
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    pixels = processor(images=images((600, 900))[0].byte(), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 800, 1200)
+    assert pixels.mean((0, 2, 3)).tolist() == pytest.approx([0.06, 0.19, 0.41], abs=0.02)
     assert_equal_outputs(name, model, other.eval())
 
 

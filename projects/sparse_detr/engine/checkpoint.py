@@ -199,6 +199,9 @@ class Checkpointer(DetectionCheckpointer):
             average = checkpoint.pop("model_ema")
             del average["n_averaged"]  # the other names have the prefix "module."
             checkpoint["model"] = average
+        elif self._weights_alone and (average := checkpoint.pop("ema_state", None)):  # detrex's
+            self.logger.info("taking the moving average of the weights")
+            checkpoint["model"] = {**checkpoint["model"], **average}
         if not checkpoint.get("matching_heuristics"):  # detectron2's, of names by their ends
             weights, origin = self.fitted(checkpoint["model"], checkpoint.get("class_names"))
             checkpoint.update(model=weights, __author__=origin)
