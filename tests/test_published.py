@@ -64,6 +64,8 @@ def test_the_page_is_the_table():
     page = (ROOT / "docs" / "model_zoo.md").read_text()
     assert published.by_config() in page
     assert published.by_repository() in page
+    count = len({entry.config for entry in published.checkpoints()} - {""})
+    assert f"for {count} configs" in (ROOT / "docs" / "features.md").read_text()
 
 
 # Loading: nothing is downloaded here, the files are made in the published layout
@@ -234,8 +236,9 @@ def test_which_weights_are_meant_is_told(tmp_path):
     with pytest.raises(UserError, match="own.py is none: name one"):
         resolve_config(own, ["train.init_checkpoint=published"])
     assert load_config(own, ["train.init_checkpoint=published://a"]).train.init_checkpoint == "published://a"
-    with pytest.raises(UserError, match="no published weights belong to 'a'"):
-        PathManager.get_local_path("published://a")
+    for name in ("a", ""):
+        with pytest.raises(UserError, match=f"no published weights belong to '{name}'"):
+            PathManager.get_local_path(f"published://{name}")
 
 
 # Zip files, as Focus-DETR's

@@ -18,7 +18,7 @@ from urllib.parse import urlparse
 from .errors import UserError, listed
 
 PREFIX = "published://"
-_BEHIND_BROWSER = ("drive.google.com", "pan.baidu.com", "1drv.ms", "onedrive.live.com")
+_BEHIND_BROWSER = ("drive.google.com", "pan.baidu.com", "onedrive.live.com")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def find(name: str) -> Published:
     """
     config = _table()["fine_tuned_from"].get(name, name)
     for entry in checkpoints():
-        if name == entry.name or config == entry.config:
+        if name and name == entry.name or config and config == entry.config:
             return entry
     known = [
         *dict.fromkeys(entry.config for entry in checkpoints() if entry.config),
