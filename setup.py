@@ -43,7 +43,7 @@ setup(
     },
     package_data={
         "sparse_detr.kernels": ["csrc/**/*"],
-        "sparse_detr.configs": ["**/*.py", "yacs/*.yaml"],
+        "sparse_detr.configs": ["**/*.py", "yacs/*.yaml", "published.json"],
     },
     # detectron2 itself is missing on purpose: it isn't on the package index under its own name and
     # an installed one, whatever its origin, must be left alone. `make install` takes care of it.

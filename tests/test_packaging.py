@@ -51,6 +51,7 @@ def test_wheel_has_everything_and_no_other_top_level(checkout, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
         names = set(archive.namelist())
+    assert "sparse_detr/configs/published.json" in names
     assert {name.split("/")[0] for name in names} - {"sparse_detr"} == {
         f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"
     }

@@ -4,8 +4,8 @@
         data.train_json=... data.train_images=... data.val_json=... data.val_images=... \\
         train.init_checkpoint=...
 
-``train.init_checkpoint``: the authors' two-stage checkpoint, one of your own, or nothing to
-start from an ImageNet backbone.
+``train.init_checkpoint``: ``published`` for the authors' two-stage checkpoint, one of your own, or
+nothing to start from an ImageNet backbone.
 """
 
 from ..common.fine_tune import data, dataloader, lr_multiplier, optimizer, train

@@ -4,9 +4,9 @@
         data.train_json=... data.train_images=... data.val_json=... data.val_images=... \\
         train.init_checkpoint=...
 
-``train.init_checkpoint``: the authors' 4-scale checkpoint of 12 epochs (one of 24 or 36 epochs needs
-model.transformer.position.temperature=20 model.transformer.position.offset=0), one of your own, or
-nothing to start from an ImageNet backbone.
+``train.init_checkpoint``: ``published`` for the authors' 4-scale checkpoint of 12 epochs (one of 24 or
+36 epochs needs model.transformer.position.temperature=20 model.transformer.position.offset=0), one of
+your own, or nothing to start from an ImageNet backbone.
 """
 
 from ..common.fine_tune import data, dataloader, lr_multiplier, train

@@ -4,8 +4,8 @@
         data.train_json=... data.train_images=... data.val_json=... data.val_images=... \\
         train.init_checkpoint=...
 
-``train.init_checkpoint``: a checkpoint of the authors, of 12 or 36 epochs, one of your own, or
-nothing to start from an ImageNet backbone.
+``train.init_checkpoint``: ``published`` for the authors' checkpoint of 12 epochs, that of 36, one of
+your own, or nothing to start from an ImageNet backbone.
 """
 
 from ..common.fine_tune import data, dataloader, lr_multiplier, optimizer, train

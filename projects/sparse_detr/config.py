@@ -23,6 +23,7 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from . import published
 from .errors import UserError, listed
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,10 @@ def resolve_config(config: str | os.PathLike | DictConfig, overrides: Iterable[s
         config: what ``load_config`` takes; or a loaded config, of which this is a copy.
         overrides: "a.b=c", as on the command line.
 
+    ``train.init_checkpoint=published`` becomes the link of the config's published weights.
+
     Raises:
-        UserError: see ``load_config`` and ``resolve_classes``.
+        UserError: see ``load_config``, ``resolve_classes`` and ``published_weights``.
     """
     if isinstance(config, DictConfig):
         cfg = copy.deepcopy(config)
@@ -79,7 +82,26 @@ def resolve_config(config: str | os.PathLike | DictConfig, overrides: Iterable[s
     else:
         cfg = load_config(config, overrides)
     resolve_classes(cfg)
+    if OmegaConf.select(cfg, "train.init_checkpoint") == "published":
+        cfg.train.init_checkpoint = published_weights(config)
     return cfg
+
+
+def published_weights(config: str | os.PathLike | DictConfig) -> str:
+    """``published://NAME``, the weights that belong to a shipped config, given by its name or file.
+
+    Raises:
+        UserError: none do, or it is another config, or a loaded one, which has no name.
+    """
+    what = "a loaded config" if isinstance(config, DictConfig) else config_path(config)
+    shipped = re.search(r"/configs/(\w+/\w+)\.py$", os.path.realpath(what).replace(os.sep, "/"))
+    if shipped is None or shipped[1] not in list_configs():
+        raise UserError(
+            f'"published" means the weights of a shipped config, and {what} is none: name one, as in '
+            "published://dino/dino_r50_4scale_12ep (docs/model_zoo.md)"
+        )
+    published.find(shipped[1])
+    return published.PREFIX + shipped[1]
 
 
 def from_yacs(cfg: CfgNode, default: str) -> DictConfig:

@@ -15,7 +15,7 @@ from detectron2.data import transforms as T
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from .config import resolve_config, stored_classes
+from .config import published_weights, resolve_config, stored_classes
 from .devices import mixed_precision, resolve_device, resolve_dtype
 from .engine.checkpoint import Checkpointer
 from .errors import UserError
@@ -35,8 +35,8 @@ def build_model(
     Args:
         config: the output folder of a run (its config and last checkpoint are used), a shipped
             config's name, a config file, or a loaded config, which is not changed.
-        weights: a checkpoint: ours, a published one, or detectron2's; empty for the run's, or else
-            random weights.
+        weights: a checkpoint: ours, a published one, or detectron2's; "published" for the one that belongs
+            to a shipped config (docs/model_zoo.md); empty for the run's, or else random weights.
         overrides: ``a.b=c``, as on the command line.
         device: "cuda", "cpu", or "auto" for the GPU if there is one.
     """
@@ -181,6 +181,8 @@ def _build(
         return cfg, model, Checkpointer(model, run).resume_or_load("", resume=True)
     if not weights:
         return cfg, model, None
+    if weights == "published":
+        weights = published_weights(config)
     return cfg, model, Checkpointer(model).load(os.fspath(weights), checkpointables=[])
 
 

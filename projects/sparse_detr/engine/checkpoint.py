@@ -1,8 +1,9 @@
 """Checkpoints: written atomically, found again after a crash, and loaded from several sources.
 
 ``train.init_checkpoint`` may be one of our own files, a published ``.pth`` of the methods that this
-package implements (converted by ``engine.convert``), or a backbone: detectron2's ``.pkl``,
-torchvision's or timm's ResNet, Swin; also as ``.safetensors`` or ``.npz``. No file can run code
+package implements or a folder of transformers (converted by ``engine.convert``), or a backbone:
+detectron2's ``.pkl``, torchvision's or timm's ResNet, Swin; also as ``.safetensors`` or ``.npz``; and, in
+their place, ``published://...`` or ``hf://...`` (``engine.sources``). No file can run code
 (``engine.weights``).
 
 Where a run has kept a moving average of its weights, its checkpoints hold both: "model" is what
@@ -33,9 +34,10 @@ from .fine_tune import (
     resnet_mismatch,
     resnet_origin,
 )
-from .weights import WeightsError, read_npz, read_pickle, read_safetensors, read_torch
+from .sources import weights_in
+from .weights import WeightsError, read_npz, read_pickle, read_safetensors, read_torch, read_zip
 
-_READERS = {".npz": read_npz, ".pkl": read_pickle, ".safetensors": read_safetensors}
+_READERS = {".npz": read_npz, ".pkl": read_pickle, ".safetensors": read_safetensors, ".zip": read_zip}
 
 
 class WriteError(UserError, OSError):
@@ -152,6 +154,8 @@ class Checkpointer(DetectionCheckpointer):
         )
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        if os.path.isdir(path):
+            path = weights_in(path)
         if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
             raise UserError(f"weights: there is no file {os.path.abspath(path)}")
         wanted = self.checkpointables if checkpointables is None else checkpointables
@@ -195,6 +199,9 @@ class Checkpointer(DetectionCheckpointer):
             average = checkpoint.pop("model_ema")
             del average["n_averaged"]  # the other names have the prefix "module."
             checkpoint["model"] = average
+        elif self._weights_alone and (average := checkpoint.pop("ema_state", None)):  # detrex's
+            self.logger.info("taking the moving average of the weights")
+            checkpoint["model"] = {**checkpoint["model"], **average}
         if not checkpoint.get("matching_heuristics"):  # detectron2's, of names by their ends
             weights, origin = self.fitted(checkpoint["model"], checkpoint.get("class_names"))
             checkpoint.update(model=weights, __author__=origin)

@@ -1,9 +1,10 @@
 """Published checkpoints under this project's parameter names.
 
 Two ways of naming are in use, each with its table of renaming rules here; names that only one method
-has are in the ``published_names`` of its encoder. Tensors that need more than a new name (split
-embeddings, class rows, shared heads stored several times) follow below the tables. Nothing is dropped
-silently: the report lists what was left out and why, what is missing and what is left over.
+has are in the ``published_names`` of its encoder. A third one, that of transformers, is in ``huggingface``.
+Tensors that need more than a new name (split embeddings, class rows, shared heads stored several times)
+follow below the tables. Nothing is dropped silently: the report lists what was left out and why, what is
+missing and what is left over.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..modeling.meta_arch import SetDetector
+from .huggingface import from_transformers
 
 # detectron2's COCO category ids in contiguous order: row k of an 80-class head is category
 # COCO_CATEGORY_IDS[k] of the 91 rows of the published heads.
@@ -70,7 +72,7 @@ _AUTHORS: list[Rule] = [
     (r"^label_enc\.", "transformer.denoising.label_embed."),
 ]
 
-# IDEA-Research/detrex and huawei-noah/noah-research: DINO and Focus-DETR.
+# IDEA-Research/detrex and huawei-noah/noah-research: Deformable DETR, DINO and Focus-DETR.
 _DETREX: list[Rule] = [
     (r"^neck\.convs\.(\d+)\.conv\.", r"neck.convs.\1."),
     (r"^neck\.convs\.(\d+)\.norm\.", r"neck.norms.\1."),
@@ -90,14 +92,18 @@ _DETREX: list[Rule] = [
     (r"^(transformer\.\w+\.layers\.\d+\.)ffns\.0\.layers\.1\.", r"\1ffn.linear2."),
     (r"^transformer\.decoder\.ref_point_head\.", "transformer.decoder.position_mlp."),
     (r"^label_enc\.", "transformer.denoising.label_embed."),
+    # Deformable DETR's
+    (r"^transformer\.pos_trans\.", "transformer.query_selection.position_proj."),
+    (r"^transformer\.pos_trans_norm\.", "transformer.query_selection.position_norm."),
+    (r"^transformer\.reference_points\.", "transformer.query_selection.reference_points."),
 ]
 
-_RULES = {"authors": _AUTHORS, "detrex": _DETREX}
+_RULES = {"authors": _AUTHORS, "detrex": _DETREX, "transformers": []}  # the last: ``huggingface``
 
 
 @dataclass(frozen=True)
 class Family:
-    """marker: a key only this family has. naming: "authors" or "detrex", see ``Encoder.published_names``."""
+    """marker: a key only this family has. naming: one of ``_RULES``, see ``Encoder.published_names``."""
 
     marker: str
     naming: str
@@ -108,6 +114,7 @@ FAMILIES = {
     "dino": Family(r"transformer\.enc_out_class_embed\.", "authors"),
     "deformable": Family(r"transformer\.encoder\.layers\.\d+\.self_attn\.", "authors"),
     "detrex": Family(r"transformer\.encoder\.layers\.\d+\.attentions\.", "detrex"),
+    "transformers": Family(r"model\.decoder\.layers\.\d+\.encoder_attn\.sampling_offsets\.", "transformers"),
 }
 
 
@@ -154,6 +161,8 @@ def convert_state_dict(
         )
     encoder, naming = model.transformer.encoder, FAMILIES[name].naming
     report = ConversionReport(family=name)
+    if naming == "transformers":
+        state_dict = from_transformers(state_dict, model)
     renamed: dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
         if re.search(r"(total_ops|total_params|num_batches_tracked)$", key):
@@ -210,7 +219,7 @@ def _rename(key: str, naming: str, model: SetDetector) -> str | Split | None:
         return None
     if match := re.match(r"(class|bbox)_embed\.(\d+)\.(.*)", key):
         return _head_name(match[1], int(match[2]), match[3], model)
-    if key == "query_embed.weight":
+    if key in ("query_embed.weight", "query_embedding.weight"):  # the second: detrex
         if isinstance(getattr(model.transformer.query_selection, "position", None), nn.Embedding):
             return _split_query_embed
         return "transformer.query_selection.content.weight"

@@ -2,7 +2,7 @@
 
 A pickle may call any function it can name. ``.pth`` files are read by torch's ``weights_only``
 loader; detectron2's ``.pkl`` by an unpickler that knows how to rebuild numpy arrays and nothing
-else; ``.npz`` and ``.safetensors`` hold no code.
+else; ``.npz`` and ``.safetensors`` hold no code. A ``.zip`` is read for the one ``.pth`` in it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import collections
 import functools
 import os
 import pickle
+import tempfile
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -122,6 +124,26 @@ def read_torch(path: str) -> dict[str, Any]:
     if "model" not in content:
         content = {"model": content.get("state_dict", content)}
     return content
+
+
+@_explained
+def read_zip(path: str) -> dict[str, Any]:
+    """The ``.pth`` file in a ``.zip``, as ``read_torch`` reads it. (torch's own files are zip files, too.)
+
+    Raises:
+        WeightsError: there is none, or more than one; or see ``read_torch``.
+    """
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if not name.startswith("__MACOSX/")]
+        if any(name.endswith("/data.pkl") for name in names):
+            return read_torch(path)
+        inside = [name for name in names if name.endswith((".pth", ".pt"))]
+        if len(inside) != 1:
+            raise WeightsError(
+                f"{path} holds {len(inside)} .pth files, expected one: unpack it and pass the file"
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            return read_torch(archive.extract(inside[0], folder))
 
 
 @_explained
