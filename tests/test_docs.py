@@ -24,7 +24,9 @@ def scripts(page):
     """(script, arguments) of every call of one of the project's Python scripts."""
     for _, command in run_docs.commands(page):
         words = shlex.split(command)
-        if len(words) > 1 and PYTHON.fullmatch(words[0]) and words[1].endswith(".py"):
+        if len(words) < 2 or not PYTHON.fullmatch(words[0]) or not words[1].endswith(".py"):
+            continue
+        if not words[1].startswith("$"):  # of another checkout
             yield words[1], words[2:]
 
 
