@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..modeling.encoder import Encoder
 from ..modeling.meta_arch import SetDetector
 
 # detectron2's COCO category ids in contiguous order: row k of an 80-class head is category
@@ -92,19 +93,40 @@ _DETREX: list[Rule] = [
     (r"^label_enc\.", "transformer.denoising.label_embed."),
 ]
 
-_RULES = {"authors": _AUTHORS, "detrex": _DETREX}
+# xiuqhou/Salience-DETR.
+_SALIENCE: list[Rule] = [
+    (r"^backbone\.(conv1|bn1|layer\d)\.", r"backbone.0.body.\1."),  # torchvision's, not wrapped
+    *_RESNET,
+    (r"^neck\.convs\.(\d+)\.0\.", r"neck.convs.\1."),
+    (r"^neck\.convs\.(\d+)\.1\.", r"neck.norms.\1."),
+    (r"^transformer\.level_embeds$", "transformer.level_embed"),
+    (r"^transformer\.neck\.", "transformer.fusion."),
+    (r"^transformer\.encoder_class_head\.", "transformer.proposal_head.class_head."),
+    (r"^transformer\.encoder_bbox_head\.", "transformer.proposal_head.box_head."),
+    (r"^transformer\.decoder\.class_head\.", "transformer.heads.class_heads."),
+    (r"^transformer\.decoder\.bbox_head\.", "transformer.heads.box_heads."),
+    (r"^denoising_generator\.label_encoder\.", "transformer.denoising.label_embed."),
+    *_AUTHORS[len(_RESNET) :],
+]
+
+_RULES = {"authors": _AUTHORS, "detrex": _DETREX, "salience": _SALIENCE}
+
+
+# Class names and frequencies of the position code, which xiuqhou's models keep among their weights.
+_CONSTANTS = (r"^_classes_$", r"^position_embedding\.dim_t[xy]$")
 
 
 @dataclass(frozen=True)
 class Family:
-    """marker: a key only this family has. naming: "authors" or "detrex", see ``Encoder.published_names``."""
+    """marker: a key only this family has. naming: one of ``_RULES``, see ``Encoder.published_names``."""
 
     marker: str
     naming: str
 
 
-# In the order in which they are looked for: DINO's names are Deformable DETR's and some more.
+# In the order in which they are looked for: the first two have Deformable DETR's names and some more.
 FAMILIES = {
+    "salience": Family(r"transformer\.encoder\.background_embedding\.", "salience"),
     "dino": Family(r"transformer\.enc_out_class_embed\.", "authors"),
     "deformable": Family(r"transformer\.encoder\.layers\.\d+\.self_attn\.", "authors"),
     "detrex": Family(r"transformer\.encoder\.layers\.\d+\.attentions\.", "detrex"),
@@ -154,12 +176,19 @@ def convert_state_dict(
         )
     encoder, naming = model.transformer.encoder, FAMILIES[name].naming
     report = ConversionReport(family=name)
+    expected = model.state_dict()
+    reverse = {f"transformer.encoder.{name}" for name in encoder.published_reversed}
     renamed: dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
-        if re.search(r"(total_ops|total_params|num_batches_tracked)$", key):
-            report.ignored[key] = "a counter"
+        if setting := _setting(key, encoder):
+            report.ignored[key] = f"{setting}, which comes from the config"
+            if (differs := _differs(setting, tensor, encoder)) is not None:
+                report.notes.append(differs)
             continue
         target = _rename(key, naming, model)
+        if re.search(r"(total_ops|total_params|num_batches_tracked)$", key) and target not in expected:
+            report.ignored[key] = "a counter"
+            continue
         if target is None:
             report.ignored[key] = "a second name of a shared head"
             continue
@@ -169,9 +198,8 @@ def convert_state_dict(
                     f"{key} and another key both become {new_key} but differ: the model shares "
                     "what the checkpoint keeps apart (heads per layer?)"
                 )
-            renamed[new_key] = value
-    expected = model.state_dict()
-    unused = "|".join((r"^transformer\.denoising\.", *encoder.published_unused))
+            renamed[new_key] = value.flip(0) if new_key in reverse else value
+    unused = "|".join((r"^transformer\.denoising\.", *_CONSTANTS, *encoder.published_unused))
     for key in [k for k in renamed if k not in expected and re.search(unused, k)]:
         report.ignored[key] = "not used by this model"
         del renamed[key]
@@ -186,6 +214,23 @@ def convert_state_dict(
     report.missing = [k for k in expected if k not in renamed]
     report.unexpected = [k for k in renamed if k not in expected]
     return renamed, report
+
+
+def _setting(key: str, encoder: Encoder) -> str | None:
+    """The attribute of ``encoder`` that the tensor ``key`` holds, if it is a setting."""
+    found = (name for pattern, name in encoder.published_settings.items() if re.search(pattern, key))
+    return next(found, None)
+
+
+def _differs(setting: str, published: Tensor, encoder: Encoder) -> str | None:
+    """What to tell the user where the weights come with another value than the model has."""
+    theirs, ours = published.flatten().tolist(), list(getattr(encoder, setting))
+    if len(theirs) == len(ours) and all(abs(a - b) < 1e-6 for a, b in zip(theirs, ours)):
+        return None
+    return (
+        f"model.transformer.encoder.{setting}={ours} comes from the config; the weights were trained with "
+        f"{[round(x, 6) for x in theirs]}"
+    )
 
 
 def rename_torchvision(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
