@@ -93,8 +93,18 @@ _DETREX: list[Rule] = [
     (r"^label_enc\.", "transformer.denoising.label_embed."),
 ]
 
+# The Swin authors' names -> torchvision's, in which stages and the steps down behind them alternate.
+_SWIN: list[Rule] = [
+    (r"^patch_embed\.proj\.", "features.0.0."),
+    (r"^patch_embed\.norm\.", "features.0.2."),
+    *((rf"^layers\.{s}\.blocks\.", f"features.{2 * s + 1}.") for s in range(4)),
+    *((rf"^layers\.{s}\.downsample\.", f"features.{2 * s + 2}.") for s in range(3)),
+    (r"\.mlp\.fc1\.", ".mlp.0."),
+    (r"\.mlp\.fc2\.", ".mlp.3."),
+]
+
 # xiuqhou/Salience-DETR.
-_SALIENCE: list[Rule] = [
+_XIUQHOU: list[Rule] = [
     (r"^backbone\.(conv1|bn1|layer\d)\.", r"backbone.0.body.\1."),  # torchvision's, not wrapped
     *_RESNET,
     (r"^neck\.convs\.(\d+)\.0\.", r"neck.convs.\1."),
@@ -109,7 +119,7 @@ _SALIENCE: list[Rule] = [
     *_AUTHORS[len(_RESNET) :],
 ]
 
-_RULES = {"authors": _AUTHORS, "detrex": _DETREX, "salience": _SALIENCE}
+_RULES = {"authors": _AUTHORS, "detrex": _DETREX, "xiuqhou": _XIUQHOU}
 
 
 # Class names and frequencies of the position code, which xiuqhou's models keep among their weights.
@@ -126,7 +136,7 @@ class Family:
 
 # In the order in which they are looked for: the first two have Deformable DETR's names and some more.
 FAMILIES = {
-    "salience": Family(r"transformer\.encoder\.background_embedding\.", "salience"),
+    "salience": Family(r"transformer\.encoder\.background_embedding\.", "xiuqhou"),
     "dino": Family(r"transformer\.enc_out_class_embed\.", "authors"),
     "deformable": Family(r"transformer\.encoder\.layers\.\d+\.self_attn\.", "authors"),
     "detrex": Family(r"transformer\.encoder\.layers\.\d+\.attentions\.", "detrex"),
@@ -239,6 +249,15 @@ def rename_torchvision(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state_dict.items():
         if re.match(r"(conv1|bn1|layer\d)\.", key) and not key.endswith("num_batches_tracked"):
             out[_apply(_RESNET, f"backbone.0.body.{key}")] = value
+    return out
+
+
+def rename_swin(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A Swin Transformer of its authors under torchvision's names, as the part ``backbone``."""
+    out = {}
+    for key, value in state_dict.items():
+        if re.match(r"(patch_embed|layers\.\d)\.", key) and not key.endswith("relative_position_index"):
+            out[f"backbone.{_apply(_SWIN, key)}"] = value
     return out
 
 

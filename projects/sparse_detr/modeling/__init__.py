@@ -1,7 +1,7 @@
 """The detectors: bases, encoders and the parts they are composed of."""
 
 from .attention import MSDeformAttn
-from .backbone import build_dilated_resnet, build_swin
+from .backbone import StagedBackbone, build_dilated_resnet, build_swin
 from .cascade import CascadeEncoder, DualAttentionLayer
 from .criterion import Predictions, SetCriterion
 from .decoder import DecoderOutput, DeformableDecoder, DeformableDecoderLayer
@@ -61,6 +61,7 @@ __all__ = [
     "SetDetector",
     "SinePosition",
     "SparseDETR",
+    "StagedBackbone",
     "Target",
     "Tokens",
     "TransformerOutput",

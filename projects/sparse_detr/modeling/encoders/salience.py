@@ -80,7 +80,7 @@ class SalienceEncoder(CascadeEncoder):
     """
 
     published_names = {
-        "salience": (
+        "xiuqhou": (
             (r"^transformer\.alpha$", "foreground.alpha"),
             (r"^transformer\.enc_mask_predictor\.", "foreground.scorer."),
             (r"^transformer\.encoder\.(layers\.\d+\.)pre_attention\.", r"\1object_attention."),
