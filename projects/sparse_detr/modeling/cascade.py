@@ -192,4 +192,6 @@ class CascadeEncoder(Encoder):
         score = category * foreground
         if own is not None:
             score = score.masked_fill(~own, float("-inf"))
-        return score.topk(torch.sym_min(self.num_objects, x.shape[1]), dim=1).indices
+        # While torch.jit traces, sizes are tensors, which sym_min refuses.
+        size = int(x.shape[1]) if torch.jit.is_tracing() else x.shape[1]
+        return score.topk(torch.sym_min(self.num_objects, size), dim=1).indices
