@@ -301,6 +301,13 @@ GROUPS = {
         (1e-4, 0.0): 22016,
     },
     ("lite_detr/lite_dino_r50_h3l1_2p1x3_36ep", 91): {(1e-5, 1e-4): 23232512, (1e-4, 1e-4): 24229310},
+    # no decay of biases; of the norms all, in the published code those with "norm" in their name
+    ("salience_detr/salience_detr_r50_4scale_12ep", 91): {
+        (1e-5, 1e-4): 24018944,
+        (1e-5, 0.0): 3072,
+        (1e-4, 1e-4): 31733315,
+        (1e-4, 0.0): 102764,
+    },
 }
 
 

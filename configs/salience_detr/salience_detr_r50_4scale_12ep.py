@@ -13,6 +13,7 @@ train.output_dir = "./output/salience_detr_r50_4scale_12ep"
 lr_multiplier.milestones = [10]
 dataloader.train.total_batch_size = 10
 optimizer.params.weight_decay_bias = 0.0
+optimizer.params.overrides = {"in_proj_bias": {"weight_decay": 0.0}}
 optimizer.params.lr_factor_func.rules = {
     "backbone": 0.1,
     "sampling_offsets": 0.1,
