@@ -41,6 +41,15 @@ def test_an_encoder_layer_costs_what_the_formula_says(config, refreshed):
         assert found[name].macs == layer_macs(refreshed, NUM_TOKENS)
 
 
+@pytest.mark.parametrize(
+    "config",
+    ["focus_detr/focus_detr_r50_4scale_12ep", "salience_detr/salience_detr_r50_4scale_12ep"],
+)
+def test_encoders_whose_token_numbers_come_from_tensors_can_be_counted(config):
+    found = analyze(tiny_model(config), SIZE)
+    assert found["transformer.encoder.layers.0"].macs > found["transformer.encoder.layers.1"].macs > 0
+
+
 def test_the_scoring_network_costs_what_the_formula_says():
     found = analyze(tiny_model(SPARSE), SIZE)
     per_token = 5 * C + C * C + C * C // 2 + C // 2 * C // 4 + C // 4

@@ -27,6 +27,7 @@ CONFIGS = {
     "lite": "lite_detr/lite_dino_r50_h3l1_2p1x3_36ep",
     "dino": "dino/dino_r50_4scale_12ep",
     "deformable": "deformable_detr/deformable_detr_r50_50ep",
+    "salience": "salience_detr/salience_detr_r50_4scale_12ep",
 }
 TRACED, OTHERS = (96, 160), ((160, 128), (101, 203))
 
@@ -42,7 +43,10 @@ def model(method, exact_sizes=False):
     if "num_high_levels" in encoder:
         encoder.num_high_levels = 1
     if "strides" in encoder:
-        encoder.strides, encoder.size_ranges = encoder.strides[1:3], encoder.size_ranges[1:3]
+        encoder.strides = encoder.strides[1:3]
+    for name in ("size_ranges", "level_ratios"):
+        if name in encoder:
+            encoder[name] = encoder[name][1:3]
     detector = instantiate(cfg).eval()
     for head in detector.transformer.heads.class_heads:
         torch.nn.init.normal_(head.weight, std=0.3)

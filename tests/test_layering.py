@@ -30,7 +30,7 @@ RULES = (
     (r"kernels(\..*)?", r"kernels(\..*)?"),
     (BASE, rf"kernels|{BASE}"),
     # ... and its own helpers, see `is_own_helper`
-    (r"modeling\.encoders\..*", rf"kernels|{BASE}|modeling\.(encoder|selection|heads|proposals)"),
+    (r"modeling\.encoders\..*", rf"kernels|{BASE}|modeling\.(encoder|cascade|selection|heads|proposals)"),
     (r"modeling\.encoders", r"modeling\.encoders\..*"),
     (r"modeling\.(transformer|postprocess|backbone)", r"modeling\.(?!encoders|meta_arch).*"),
     (r"modeling\.meta_arch", r"modeling\.(?!encoders).*|config|devices|errors"),
@@ -93,7 +93,7 @@ PAPER_WORDS = {"dam", "salience"} | {
     if re.search(r"^class \w+Encoder\(", SOURCES[name], re.M)
     for word in name.split(".")[2:]
 }
-REGISTERED = {"SparseDETR", "FocusDETR", "LiteDETR"}
+REGISTERED = {"SparseDETR", "FocusDETR", "LiteDETR", "SalienceDETR"}
 PAPER_FREE = [name for name in SOURCES if not name.startswith(("configs", "modeling.encoders."))]
 
 

@@ -76,9 +76,20 @@ def test_a_sheet_has_a_row_per_quantity_and_a_column_per_level(config, rows):
         assert sheet.shape == (height, columns * 48 + (columns - 1) * 6, 3)
 
 
+def test_padding_is_cut_off():
+    """A model that pads an image to a multiple of 32 shows the image's own cells."""
+    model = tiny_model(SPARSE).eval()
+    model.size_divisibility = 32
+    output = run(model, [sample(50, 90, annotated=False)])
+    assert output.tokens.shapes[0] == (8, 12)
+    assert [level.shape for level in overlays.kept_levels(output)][:2] == [(7, 12), (4, 6)]
+    sheet = overlays.draw_tokens(np.zeros((32, 48, 3), np.uint8), output)
+    assert sheet.shape[0] == 3 * (32 + overlays.TITLE_HEIGHT)
+
+
 def test_a_batch_is_refused():
     output = run(tiny_model(SPARSE).eval(), [sample(64, 96, annotated=False)] * 2)
-    with pytest.raises(ValueError, match="one image without padding"):
+    with pytest.raises(ValueError, match="one image: run the images one by one"):
         overlays.draw_tokens(np.zeros((32, 48, 3), np.uint8), output)
 
 

@@ -224,6 +224,22 @@ RECIPES = {
         1,
         300,
     ),
+    # xiuqhou/Salience-DETR: train_config.py, configs; batch and drop as its authors say they trained
+    "salience_detr/salience_detr_r50_4scale_12ep": (
+        10,
+        1e-4,
+        12,
+        [10],
+        False,
+        0.5,
+        2048,
+        0.0,
+        900,
+        10000,
+        -0.5,
+        1,
+        300,
+    ),
     "focus_detr/focus_detr_swin_tiny_224_4scale_36ep": (
         16,
         1e-4,
@@ -285,6 +301,13 @@ GROUPS = {
         (1e-4, 0.0): 22016,
     },
     ("lite_detr/lite_dino_r50_h3l1_2p1x3_36ep", 91): {(1e-5, 1e-4): 23232512, (1e-4, 1e-4): 24229310},
+    # no decay of biases; of the norms all, in the published code those with "norm" in their name
+    ("salience_detr/salience_detr_r50_4scale_12ep", 91): {
+        (1e-5, 1e-4): 24018944,
+        (1e-5, 0.0): 3072,
+        (1e-4, 1e-4): 31733315,
+        (1e-4, 0.0): 102764,
+    },
 }
 
 
@@ -314,7 +337,11 @@ def test_a_name_says_epochs_keep_ratio_and_variant(name):
         assert encoder.num_layers == updates * blocks
     if re.search("focus_detr_swin_(base|large)", name):  # not fine-tuned on ImageNet-1k
         assert cfg.train.init_checkpoint.endswith("_patch4_window12_384_22k.pth")
-    if "swin" in name:
+    if name.startswith("salience_detr/salience_detr_") and "r50" not in name:  # torchvision's
+        backbone = cfg.model.backbone
+        assert backbone.get("frozen_stages", 1) == 1
+        assert backbone.model.stochastic_depth_prob == (0.2 if "swin" in name else 0.5)
+    elif "swin" in name:
         # drop path: 0.1 in detrex's Swin-T alone; stages frozen by Sparse DETR's authors alone
         swin = cfg.model.backbone
         assert swin.drop_path_rate == (0.1 if "swin_tiny" in name else 0.2)
@@ -336,6 +363,13 @@ def test_what_a_method_adds():
     assert (hybrid.num_one_to_many, hybrid.repeat, hybrid.weight) == (1500, 6, 1.0)
     sparse = get_config("sparse_detr/sparse_detr_r50_30_50ep").model.transformer.encoder
     assert sparse.loss_weight == 1.0 and sparse.auxiliary_heads
+    salience = get_config("salience_detr/salience_detr_r50_4scale_12ep").model
+    encoder = salience.transformer.encoder
+    assert (encoder.num_objects, encoder.loss_weight, encoder.num_places) == (300, 2.0, 200)
+    assert encoder.level_ratios == [0.4, 0.8, 1.0, 1.0]
+    assert encoder.layer_ratios == [1.0, 0.8, 0.6, 0.6, 0.4, 0.2]
+    assert encoder.size_ranges == [[-1, 64], [64, 128], [128, 256], [256, 99999]]
+    assert salience.transformer.query_selection.nms_threshold == 0.3 and salience.criterion.iou_aware
     focus = get_config("focus_detr/focus_detr_r50_4scale_12ep").model.transformer.encoder
     assert (focus.keep_ratio, focus.num_objects, focus.loss_weight) == (0.5, 300, 1.5)
     assert focus.layer_ratios == [1.0, 0.8, 0.6, 0.6, 0.4, 0.2]

@@ -9,10 +9,10 @@ paper is that of 0.3. The paper's text differs from its code in four places, eac
 
 from detectron2.config import LazyCall as L
 
-from sparse_detr.modeling import FocusEncoder, FocusEncoderLayer, MSDeformAttn
+from sparse_detr.modeling import DualAttentionLayer, FocusEncoder, MSDeformAttn
 
 encoder = L(FocusEncoder)(
-    layer=L(FocusEncoderLayer)(
+    layer=L(DualAttentionLayer)(
         attention=L(MSDeformAttn)(
             embed_dim="${model.transformer.embed_dim}",
             num_heads="${model.transformer.decoder.layer.num_heads}",

@@ -5,8 +5,9 @@ A model config takes ``backbone``, ``in_features`` and ``neck.in_channels`` from
 
 from detectron2.config import LazyCall as L
 from detectron2.modeling.backbone import BasicStem, ResNet
+from torchvision.models import SwinTransformer, convnext_large
 
-from sparse_detr.modeling import build_swin
+from sparse_detr.modeling import StagedBackbone, build_swin
 
 # torchvision's ResNet: stride in the 3x3 convolution, frozen norms, stem and res2 not trained.
 resnet50 = dict(
@@ -85,6 +86,32 @@ swin_large_384 = dict(
         drop_path_rate=0.2,
         out_indices=[1, 2, 3],
         pretrain_img_size=384,
+    ),
+    in_features=["p1", "p2", "p3"],
+    in_channels=[384, 768, 1536],
+)
+
+# torchvision's modules: no norms behind the stages, the first stage not trained.
+torchvision_swin_large = dict(
+    backbone=L(StagedBackbone)(
+        model=L(SwinTransformer)(
+            patch_size=[4, 4],
+            embed_dim=192,
+            depths=[2, 2, 18, 2],
+            num_heads=[6, 12, 24, 48],
+            window_size=[7, 7],
+            stochastic_depth_prob=0.2,
+        ),
+        channels=[192, 384, 768, 1536],
+        channels_last=True,
+    ),
+    in_features=["p1", "p2", "p3"],
+    in_channels=[384, 768, 1536],
+)
+
+torchvision_convnext_large = dict(
+    backbone=L(StagedBackbone)(
+        model=L(convnext_large)(stochastic_depth_prob=0.5), channels=[192, 384, 768, 1536]
     ),
     in_features=["p1", "p2", "p3"],
     in_channels=[384, 768, 1536],

@@ -1,6 +1,6 @@
 """Pictures of an encoder's choice: kept tokens, scores, the decoder's attention.
 
-All are of one image that was alone in its batch, so that the levels cover it exactly.
+All are of one image that was alone in its batch; cells of padding, if any, are cut off.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .data.image import read_image
 from .kernels import attention_map_splat
-from .modeling import SetDetector, TransformerOutput
+from .modeling import SetDetector, Tokens, TransformerOutput
 from .visualize import draw_detections, draw_ground_truth, side_by_side
 
 TITLE_HEIGHT = 18  # pixels
@@ -57,7 +57,7 @@ def kept_levels(output: TransformerOutput) -> list[np.ndarray]:
     kept = torch.zeros_like(output.tokens.mask[0])
     selected = output.encoded.selected
     assert selected is not None, "a dense encoder chooses nothing"
-    return _levels(kept.index_fill_(0, selected[0], True), output.tokens.shapes)
+    return _levels(kept.index_fill_(0, selected[0], True), output.tokens)
 
 
 def enlarge(level: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -107,13 +107,13 @@ def draw_tokens(
     Returns:
         (height, width, 3) uint8 RGB.
     """
-    encoded, shapes = output.encoded, output.tokens.shapes
-    if output.tokens.mask.shape[0] != 1 or output.tokens.has_padding:
-        raise ValueError("draw_tokens shows one image without padding: run the images one by one")
+    encoded, tokens = output.encoded, output.tokens
+    if tokens.mask.shape[0] != 1:
+        raise ValueError("draw_tokens shows one image: run the images one by one")
     rows = []
     if encoded.selected is not None:
         levels = kept_levels(output)
-        share = sum(int(level.sum()) for level in levels) / output.tokens.mask.shape[1]
+        share = sum(int(level.sum()) for level in levels) / sum(level.size for level in levels)
         rows.append(
             [
                 (
@@ -125,9 +125,9 @@ def draw_tokens(
             ]
         )
     if encoded.scores is not None:
-        rows.append(_heat_row("score", image, encoded.scores[0], shapes))
+        rows.append(_heat_row("score", image, encoded.scores[0], tokens))
     if output.decoded.samples:
-        rows.append(_heat_row("decoder attention", image, attention_map(output)[0], shapes))
+        rows.append(_heat_row("decoder attention", image, attention_map(output)[0], tokens))
     if not rows:
         raise ValueError(
             "nothing to draw: the encoder keeps all tokens, and no decoder samples were recorded "
@@ -174,23 +174,25 @@ def draw_example(
     return side_by_side(pictures)
 
 
-def _levels(values: Tensor, shapes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    """(N,) -> per level (H_l, W_l)."""
-    parts = values.detach().cpu().split([h * w for h, w in shapes])
-    return [part.view(shape).numpy() for part, shape in zip(parts, shapes, strict=True)]
+def _levels(values: Tensor, tokens: Tokens) -> list[np.ndarray]:
+    """(N,) of the batch's first image -> per level (H_l, W_l), without padding."""
+    parts = values.detach().cpu().split([h * w for h, w in tokens.shapes])
+    return [
+        part.view(shape)[:height, :width].numpy()
+        for part, shape, (width, height) in zip(parts, tokens.shapes, tokens.valid_cells[0].tolist())
+    ]
 
 
-def _heat_row(
-    name: str, image: np.ndarray, values: Tensor, shapes: Sequence[tuple[int, int]]
-) -> list[tuple[str, np.ndarray]]:
+def _heat_row(name: str, image: np.ndarray, values: Tensor, tokens: Tokens) -> list[tuple[str, np.ndarray]]:
     """One picture per level; the colours span all but the extreme percent of the values."""
-    low, high = np.percentile(values.detach().cpu().numpy(), (1, 99))
+    levels = _levels(values, tokens)
+    low, high = np.percentile(np.concatenate([level.flatten() for level in levels]), (1, 99))
     return [
         (
             f"{name}, level {i}" + (f": {low:.2g} (blue) to {high:.2g}" if i == 0 else ""),
             draw_heat(image, level, low, high),
         )
-        for i, level in enumerate(_levels(values, shapes))
+        for i, level in enumerate(levels)
     ]
 
 

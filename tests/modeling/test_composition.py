@@ -18,6 +18,7 @@ ENCODERS = {  # and a loss that only this encoder has, if any
     "sparse": "loss_mask_prediction",
     "focus": "loss_foreground",
     "lite": None,
+    "salience": "loss_salience",
 }
 
 
@@ -28,7 +29,9 @@ def composed(base, encoder, key_aware=None):
     """
     model = get_config(f"models/{BASES[base]}.py").model
     if encoder != "dense":
-        model.transformer.encoder = get_config(f"encoders/{encoder}.py").encoder
+        parts = get_config(f"encoders/{encoder}.py")
+        model.transformer.encoder = parts.encoder
+        model.transformer.fusion = parts.get("fusion")
     if encoder == "lite" if key_aware is None else key_aware:
         attention = get_config("encoders/lite.py").attention
         model.transformer.decoder.layer.cross_attention = attention
@@ -79,7 +82,7 @@ def test_it_trains_and_evaluates(base, encoder):
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         optimizer.step()
-    own = {"loss_mask_prediction", "loss_foreground"} & set(losses)
+    own = set(losses) & {*ENCODERS.values()}
     assert own == {ENCODERS[encoder]} - {None}
     assert ("loss_class_dn" in losses) == (base == "dino")
     assert ("loss_class_one2many" in losses) == (base == "h_deformable_detr")

@@ -62,6 +62,7 @@ def test_an_image_is_detected_alone_as_in_any_batch(base, encoder):
         ("deformable_detr/deformable_detr_r50_refine_50ep", {}),
         ("deformable_detr/deformable_detr_r50_two_stage_50ep", {"size_divisibility": 32}),
         ("dino/dino_official_r50_4scale_12ep", {}),
+        ("salience_detr/salience_detr_r50_4scale_12ep", {}),
     ],
 )
 def test_other_models_too(name, settings):

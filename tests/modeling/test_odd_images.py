@@ -12,6 +12,7 @@ CONFIGS = (
     "h_deformable_detr/h_deformable_detr_r50_12ep",
     "sparse_detr/sparse_detr_r50_30_50ep",
     "focus_detr/focus_detr_r50_4scale_12ep",
+    "salience_detr/salience_detr_r50_4scale_12ep",
     "lite_detr/lite_dino_r50_h3l1_2p1x3_36ep",
 )
 ODD = {

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..modeling.encoder import Encoder
 from ..modeling.meta_arch import SetDetector
 from .huggingface import from_transformers
 
@@ -98,7 +99,38 @@ _DETREX: list[Rule] = [
     (r"^transformer\.reference_points\.", "transformer.query_selection.reference_points."),
 ]
 
-_RULES = {"authors": _AUTHORS, "detrex": _DETREX, "transformers": []}  # the last: ``huggingface``
+# The Swin authors' names -> torchvision's, in which stages and the steps down behind them alternate.
+_SWIN: list[Rule] = [
+    (r"^patch_embed\.proj\.", "features.0.0."),
+    (r"^patch_embed\.norm\.", "features.0.2."),
+    *((rf"^layers\.{s}\.blocks\.", f"features.{2 * s + 1}.") for s in range(4)),
+    *((rf"^layers\.{s}\.downsample\.", f"features.{2 * s + 2}.") for s in range(3)),
+    (r"\.mlp\.fc1\.", ".mlp.0."),
+    (r"\.mlp\.fc2\.", ".mlp.3."),
+]
+
+# xiuqhou/Salience-DETR.
+_XIUQHOU: list[Rule] = [
+    (r"^backbone\.(conv1|bn1|layer\d)\.", r"backbone.0.body.\1."),  # torchvision's, not wrapped
+    *_RESNET,
+    (r"^neck\.convs\.(\d+)\.0\.", r"neck.convs.\1."),
+    (r"^neck\.convs\.(\d+)\.1\.", r"neck.norms.\1."),
+    (r"^transformer\.level_embeds$", "transformer.level_embed"),
+    (r"^transformer\.neck\.", "transformer.fusion."),
+    (r"^transformer\.encoder_class_head\.", "transformer.proposal_head.class_head."),
+    (r"^transformer\.encoder_bbox_head\.", "transformer.proposal_head.box_head."),
+    (r"^transformer\.decoder\.class_head\.", "transformer.heads.class_heads."),
+    (r"^transformer\.decoder\.bbox_head\.", "transformer.heads.box_heads."),
+    (r"^denoising_generator\.label_encoder\.", "transformer.denoising.label_embed."),
+    *_AUTHORS[len(_RESNET) :],
+]
+
+# transformers' names are in ``huggingface``.
+_RULES = {"authors": _AUTHORS, "detrex": _DETREX, "xiuqhou": _XIUQHOU, "transformers": []}
+
+
+# Class names and frequencies of the position code, which xiuqhou's models keep among their weights.
+_CONSTANTS = (r"^_classes_$", r"^position_embedding\.dim_t[xy]$")
 
 
 @dataclass(frozen=True)
@@ -109,8 +141,9 @@ class Family:
     naming: str
 
 
-# In the order in which they are looked for: DINO's names are Deformable DETR's and some more.
+# In the order in which they are looked for: the first two have Deformable DETR's names and some more.
 FAMILIES = {
+    "salience": Family(r"transformer\.encoder\.background_embedding\.", "xiuqhou"),
     "dino": Family(r"transformer\.enc_out_class_embed\.", "authors"),
     "deformable": Family(r"transformer\.encoder\.layers\.\d+\.self_attn\.", "authors"),
     "detrex": Family(r"transformer\.encoder\.layers\.\d+\.attentions\.", "detrex"),
@@ -163,12 +196,19 @@ def convert_state_dict(
     report = ConversionReport(family=name)
     if naming == "transformers":
         state_dict = from_transformers(state_dict, model)
+    expected = model.state_dict()
+    reverse = {f"transformer.encoder.{name}" for name in encoder.published_reversed}
     renamed: dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
-        if re.search(r"(total_ops|total_params|num_batches_tracked)$", key):
-            report.ignored[key] = "a counter"
+        if setting := _setting(key, encoder):
+            report.ignored[key] = f"{setting}, which comes from the config"
+            if (differs := _differs(setting, tensor, encoder)) is not None:
+                report.notes.append(differs)
             continue
         target = _rename(key, naming, model)
+        if re.search(r"(total_ops|total_params|num_batches_tracked)$", key) and target not in expected:
+            report.ignored[key] = "a counter"
+            continue
         if target is None:
             report.ignored[key] = "a second name of a shared head"
             continue
@@ -178,9 +218,8 @@ def convert_state_dict(
                     f"{key} and another key both become {new_key} but differ: the model shares "
                     "what the checkpoint keeps apart (heads per layer?)"
                 )
-            renamed[new_key] = value
-    expected = model.state_dict()
-    unused = "|".join((r"^transformer\.denoising\.", *encoder.published_unused))
+            renamed[new_key] = value.flip(0) if new_key in reverse else value
+    unused = "|".join((r"^transformer\.denoising\.", *_CONSTANTS, *encoder.published_unused))
     for key in [k for k in renamed if k not in expected and re.search(unused, k)]:
         report.ignored[key] = "not used by this model"
         del renamed[key]
@@ -197,12 +236,38 @@ def convert_state_dict(
     return renamed, report
 
 
+def _setting(key: str, encoder: Encoder) -> str | None:
+    """The attribute of ``encoder`` that the tensor ``key`` holds, if it is a setting."""
+    found = (name for pattern, name in encoder.published_settings.items() if re.search(pattern, key))
+    return next(found, None)
+
+
+def _differs(setting: str, published: Tensor, encoder: Encoder) -> str | None:
+    """What to tell the user where the weights come with another value than the model has."""
+    theirs, ours = published.flatten().tolist(), list(getattr(encoder, setting))
+    if len(theirs) == len(ours) and all(abs(a - b) < 1e-6 for a, b in zip(theirs, ours)):
+        return None
+    return (
+        f"model.transformer.encoder.{setting}={ours} comes from the config; the weights were trained with "
+        f"{[round(x, 6) for x in theirs]}"
+    )
+
+
 def rename_torchvision(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A ResNet of torchvision (or timm) under the names of this project's ``backbone``."""
     out = {}
     for key, value in state_dict.items():
         if re.match(r"(conv1|bn1|layer\d)\.", key) and not key.endswith("num_batches_tracked"):
             out[_apply(_RESNET, f"backbone.0.body.{key}")] = value
+    return out
+
+
+def rename_swin(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A Swin Transformer of its authors under torchvision's names, as the part ``backbone``."""
+    out = {}
+    for key, value in state_dict.items():
+        if re.match(r"(patch_embed|layers\.\d)\.", key) and not key.endswith("relative_position_index"):
+            out[f"backbone.{_apply(_SWIN, key)}"] = value
     return out
 
 

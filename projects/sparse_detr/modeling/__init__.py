@@ -1,25 +1,36 @@
 """The detectors: bases, encoders and the parts they are composed of."""
 
 from .attention import MSDeformAttn
-from .backbone import build_dilated_resnet, build_swin
+from .backbone import StagedBackbone, build_dilated_resnet, build_swin
+from .cascade import CascadeEncoder, DualAttentionLayer
 from .criterion import Predictions, SetCriterion
 from .decoder import DecoderOutput, DeformableDecoder, DeformableDecoderLayer
 from .denoising import ContrastiveDenoising
 from .encoder import DeformableEncoderLayer, DenseEncoder, Encoder, EncoderLayer, EncoderOutput
 from .encoders import *  # noqa: F403  all encoders
 from .encoders import __all__ as _encoders
+from .fusion import FusionNeck
 from .heads import DetectionHeads
 from .hybrid import HybridQueries
 from .layers import ChannelMapper, SinePosition, clone_layers
 from .matcher import HungarianMatcher, Target
-from .meta_arch import DINO, DeformableDETR, FocusDETR, LiteDETR, SetDetector, SparseDETR
+from .meta_arch import (
+    DINO,
+    DeformableDETR,
+    FocusDETR,
+    LiteDETR,
+    SalienceDETR,
+    SetDetector,
+    SparseDETR,
+)
 from .proposals import LearnedQueries, MixedQueries, ProposalHead, ProposalQueries
-from .selection import TokenRange, TokenScorer, TokenSet, keep_best
+from .selection import TokenRange, TokenScorer, TokenSet, keep_best, keep_best_of_levels
 from .tokens import Tokens
 from .transformer import DetectionTransformer, TransformerOutput
 
 __all__ = [
     "DINO",
+    "CascadeEncoder",
     "ChannelMapper",
     "ContrastiveDenoising",
     "DecoderOutput",
@@ -30,10 +41,12 @@ __all__ = [
     "DenseEncoder",
     "DetectionHeads",
     "DetectionTransformer",
+    "DualAttentionLayer",
     "Encoder",
     "EncoderLayer",
     "EncoderOutput",
     "FocusDETR",
+    "FusionNeck",
     "HungarianMatcher",
     "HybridQueries",
     "LearnedQueries",
@@ -43,10 +56,12 @@ __all__ = [
     "Predictions",
     "ProposalHead",
     "ProposalQueries",
+    "SalienceDETR",
     "SetCriterion",
     "SetDetector",
     "SinePosition",
     "SparseDETR",
+    "StagedBackbone",
     "Target",
     "Tokens",
     "TransformerOutput",
@@ -57,5 +72,6 @@ __all__ = [
     "build_swin",
     "clone_layers",
     "keep_best",
+    "keep_best_of_levels",
 ]
 __all__ += _encoders

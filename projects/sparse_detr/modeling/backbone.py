@@ -1,16 +1,19 @@
 """detectron2's ResNet and Swin as the published detectors use them.
 
 The plain ResNets need nothing from here (see ``configs/models``); what is added is the dilated last
-stage (DC5), a Swin Transformer that needs no ``timm``, and frozen norms at no cost.
+stage (DC5), a Swin Transformer that needs no ``timm``, torchvision's Swin and ConvNeXt, and frozen norms at
+no cost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock, ResNet
 from detectron2.modeling.backbone.swin import SwinTransformer
 from torch import Tensor, nn
@@ -94,6 +97,48 @@ def build_swin(
     for block, rate in zip(blocks, torch.linspace(0, drop_path_rate, len(blocks)).tolist()):
         block.drop_path = StochasticDepth(rate, mode="row")
     return swin
+
+
+class StagedBackbone(Backbone):
+    """A Swin Transformer or ConvNeXt of torchvision, whose ``features`` alternate steps down and stages.
+
+    Outputs ``p{i}`` for i in ``out_indices``, strides 4, 8, 16, 32, without norms; images of any size.
+
+    Args:
+        model: its ``features`` are taken, its classifier is not.
+        channels: of the four stages.
+        channels_last: the stages' outputs are (B, H, W, C).
+        frozen_stages: how many stages do not train, the first with the stem.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        channels: Sequence[int],
+        channels_last: bool = False,
+        out_indices: Sequence[int] = (1, 2, 3),
+        frozen_stages: int = 1,
+    ):
+        super().__init__()
+        self.features = cast(nn.Sequential, model.features)
+        self.channels_last = channels_last
+        self.out_indices = tuple(out_indices)
+        for part in self.features[: 2 * frozen_stages]:
+            part.requires_grad_(False)
+        names = [f"p{index}" for index in out_indices]
+        self._out_features = names
+        self._out_feature_strides = {name: 4 * 2**i for name, i in zip(names, out_indices)}
+        self._out_feature_channels = {name: channels[i] for name, i in zip(names, out_indices)}
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) -> maps (B, C_i, H_i, W_i) by name."""
+        outputs = {}
+        for index in range(2 * max(self.out_indices) + 2):
+            x = self.features[index](x)
+            if index % 2 and index // 2 in self.out_indices:
+                outputs[f"p{index // 2}"] = x.permute(0, 3, 1, 2) if self.channels_last else x
+        return outputs
 
 
 def build_dilated_resnet(

@@ -16,7 +16,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
-from .boxes import cxcywh_to_xyxy, giou
+from .boxes import cxcywh_to_xyxy, giou, iou
 from .layers import at_least_float32, tensor_like
 from .matcher import Assignment, HungarianMatcher, Matches, Target
 
@@ -53,6 +53,8 @@ class SetCriterion(nn.Module):
         weight_class, weight_bbox, weight_giou: loss weights.
         alpha, gamma: focal loss (Lin et al., Eq. (5)).
         giou_eps: see ``giou``; 0 in Deformable DETR, 1e-6 in DINO.
+        iou_aware: the class score of a matched prediction learns the IoU of its box with the object
+            instead of 1; see ``iou_aware_focal_loss``.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class SetCriterion(nn.Module):
         alpha: float = 0.25,
         gamma: float = 2.0,
         giou_eps: float = 0.0,
+        iou_aware: bool = False,
     ):
         super().__init__()
         self.matcher = matcher
@@ -72,6 +75,7 @@ class SetCriterion(nn.Module):
         self.alpha = alpha
         self.gamma = gamma
         self.giou_eps = giou_eps
+        self.iou_aware = iou_aware
 
     def forward(
         self, predictions: Sequence[Predictions], targets: Sequence[Target], part: BatchPart | None = None
@@ -112,15 +116,24 @@ class SetCriterion(nn.Module):
         self, prediction: Predictions, match: Matches, labels: Tensor, boxes: Tensor
     ) -> dict[str, Tensor]:
         logits = at_least_float32(prediction.logits)
-        wanted = torch.zeros_like(logits)  # (B, Q, num_classes), one-hot where matched
-        wanted[match.batch, match.query, labels[match.target]] = 1.0
         matched = prediction.boxes[match.batch, match.query]  # (T, 4)
         target = boxes[match.target].to(matched.dtype)  # (T, 4)
-        overlap = giou(cxcywh_to_xyxy(matched), cxcywh_to_xyxy(target), self.giou_eps)
-        return {
-            "loss_class": sigmoid_focal_loss(
+        corners, target_corners = cxcywh_to_xyxy(matched), cxcywh_to_xyxy(target)
+        overlap = giou(corners, target_corners, self.giou_eps)
+        wanted = torch.zeros_like(logits)  # (B, Q, num_classes), not 0 where matched
+        quality = iou(corners, target_corners).detach().to(logits.dtype) if self.iou_aware else 1.0
+        where = match.batch, match.query, labels[match.target]
+        wanted[where] = quality
+        if self.iou_aware:
+            positive = torch.zeros_like(logits, dtype=torch.bool)
+            positive[where] = True
+            loss_class = iou_aware_focal_loss(logits, wanted, positive, self.alpha, self.gamma)
+        else:
+            loss_class = sigmoid_focal_loss(
                 logits, wanted, alpha=self.alpha, gamma=self.gamma, reduction="sum"
-            ),
+            )
+        return {
+            "loss_class": loss_class,
             "loss_bbox": F.l1_loss(matched, target, reduction="sum"),
             "loss_giou": (1 - overlap).sum(),
         }
@@ -133,6 +146,21 @@ class SetCriterion(nn.Module):
             torch.distributed.all_reduce(count)
             count = count / comm.get_world_size()
         return count
+
+
+def iou_aware_focal_loss(
+    logits: Tensor, quality: Tensor, positive: Tensor, alpha: float, gamma: float
+) -> Tensor:
+    """Binary cross entropy with the IoU as target, weighted; VarifocalNet (Zhang et al., 2021), Eq. (2).
+
+    Positives weigh their IoU, negatives ``(1 - alpha) * p^gamma``, both without gradient; summed.
+
+    Args:
+        logits, quality: (...) with ``quality`` in [0, 1], 0 where not ``positive`` (bool).
+    """
+    negative = (1 - alpha) * logits.detach().sigmoid() ** gamma
+    weight = torch.where(positive, quality, negative)
+    return F.binary_cross_entropy_with_logits(logits, quality, weight, reduction="sum")
 
 
 def _targets_of(how: Assignment, targets: Sequence[Target]) -> list[Target]:

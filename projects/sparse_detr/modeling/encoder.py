@@ -79,8 +79,10 @@ class Encoder(nn.Module):
     # What the loading of checkpoints (``engine``) must know about an encoder; a training model has more
     # parts than inference needs, and published files have names of their own.
     training_only: tuple[str, ...] = ()  # children that may be missing in inference
-    # By family of names ("authors" or "detrex"): regular expression -> name within this encoder
+    # By family of names ("authors", "detrex", "xiuqhou"): regular expression -> name within this encoder
     published_names: Mapping[str, Sequence[tuple[str, str]]] = {}
+    published_reversed: tuple[str, ...] = ()  # names within this encoder, published in reverse order
+    published_settings: Mapping[str, str] = {}  # expressions of names that hold a setting -> attribute
     published_unused: tuple[str, ...] = ()  # expressions of names that a model need not have
     published_heads = "heads"  # child, if any, whose heads are published behind those of the proposals
 

@@ -26,7 +26,7 @@ class HybridQueries(ProposalQueries):
         num_one_to_many: queries of the second group; 0 leaves the detector without it.
         repeat: how often each object is matched in the second group.
         weight: of the second group's losses, on top of the criterion's weights.
-        skip_invalid: see ``QuerySelection``.
+        skip_invalid, nms_threshold: see ``QuerySelection``.
     """
 
     def __init__(
@@ -38,8 +38,14 @@ class HybridQueries(ProposalQueries):
         repeat: int = 6,
         weight: float = 1.0,
         skip_invalid: bool = False,
+        nms_threshold: float | None = None,
     ):
-        super().__init__(embed_dim=embed_dim, num_queries=num_queries, skip_invalid=skip_invalid)
+        super().__init__(
+            embed_dim=embed_dim,
+            num_queries=num_queries,
+            skip_invalid=skip_invalid,
+            nms_threshold=nms_threshold,
+        )
         self.num_one_to_many = num_one_to_many
         self.repeat = repeat
         self.weight = weight

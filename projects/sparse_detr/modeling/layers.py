@@ -167,27 +167,38 @@ class ChannelMapper(nn.Module):
     Deformable DETR, App. A.4 (Fig. 4): 1x1 convolutions on the backbone maps; the first extra
     level is a 3x3 stride-2 convolution of the *last backbone map*, further ones of the extra level
     before.
+
+    Args:
+        bias: of the convolutions.
     """
 
-    def __init__(self, *, in_channels: Sequence[int], embed_dim: int, num_levels: int, num_groups: int = 32):
+    def __init__(
+        self,
+        *,
+        in_channels: Sequence[int],
+        embed_dim: int,
+        num_levels: int,
+        num_groups: int = 32,
+        bias: bool = True,
+    ):
         super().__init__()
         if num_levels < len(in_channels):
             raise ValueError(
                 f"ChannelMapper: num_levels={num_levels} is fewer than the {len(in_channels)} "
                 "backbone maps; take fewer backbone out_features"
             )
-        convs = [nn.Conv2d(channels, embed_dim, 1) for channels in in_channels]
+        convs = [nn.Conv2d(channels, embed_dim, 1, bias=bias) for channels in in_channels]
         channels = in_channels[-1]
         for _ in range(num_levels - len(in_channels)):
-            convs.append(nn.Conv2d(channels, embed_dim, 3, stride=2, padding=1))
+            convs.append(nn.Conv2d(channels, embed_dim, 3, stride=2, padding=1, bias=bias))
             channels = embed_dim
         self.num_inputs = len(in_channels)
         self.convs = ModuleList(convs)
         self.norms = ModuleList(nn.GroupNorm(num_groups, embed_dim) for _ in convs)
         for conv in self.convs:
             nn.init.xavier_uniform_(conv.weight)
-            assert conv.bias is not None
-            nn.init.zeros_(conv.bias)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """[(B, C_i, H_i, W_i)] -> [(B, embed_dim, H_l, W_l)], one per level."""

@@ -71,6 +71,7 @@ class HungarianMatcher(nn.Module):
 
     Args:
         giou_eps: added to GIoU's denominators; 0 in Deformable DETR, 1e-6 in DINO.
+        focal_eps: added to the probabilities under the logarithm.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class HungarianMatcher(nn.Module):
         alpha: float = 0.25,
         gamma: float = 2.0,
         giou_eps: float = 0.0,
+        focal_eps: float = 1e-8,
     ):
         super().__init__()
         self.cost_class = cost_class
@@ -90,6 +92,7 @@ class HungarianMatcher(nn.Module):
         self.alpha = alpha
         self.gamma = gamma
         self.giou_eps = giou_eps
+        self.focal_eps = focal_eps
 
     @torch.no_grad()
     def costs(self, logits: Tensor, boxes: Tensor, targets: Sequence[Target]) -> list[Tensor]:
@@ -109,8 +112,8 @@ class HungarianMatcher(nn.Module):
     def _focal(self, logits: Tensor) -> Tensor:
         """How much calling a prediction positive changes its focal loss, elementwise."""
         p = logits.sigmoid()
-        negative = (1 - self.alpha) * p**self.gamma * -(1 - p + 1e-8).log()
-        positive = self.alpha * (1 - p) ** self.gamma * -(p + 1e-8).log()
+        negative = (1 - self.alpha) * p**self.gamma * -(1 - p + self.focal_eps).log()
+        positive = self.alpha * (1 - p) ** self.gamma * -(p + self.focal_eps).log()
         return positive - negative
 
     @torch.no_grad()

@@ -229,7 +229,7 @@ class SetDetector(nn.Module):
         else:
             maps = self.neck(self._features(images.tensor))
             masks = self._masks(maps, sizes, padded)
-        return self._transform(maps, masks, sizes, any(size != padded for size in sizes), targets)
+        return self._transform(maps, masks, sizes, padded, targets)
 
     def _check_autocast(self) -> None:
         """A model that was cast as a whole: coordinates need more digits than half precision has."""
@@ -253,7 +253,7 @@ class SetDetector(nn.Module):
         sizes = [(height, width) for height, width in image_sizes]
         padded = padded_size[0], padded_size[1]
         masks = self._masks(maps, sizes, padded)
-        return self._transform(maps, masks, sizes, any(size != padded for size in sizes), targets)
+        return self._transform(maps, masks, sizes, padded, targets)
 
     def _features(self, image: Tensor) -> list[Tensor]:
         """The backbone's maps of images (B, 3, H, W)."""
@@ -307,11 +307,12 @@ class SetDetector(nn.Module):
         maps: Sequence[Tensor],
         masks: Sequence[Tensor],
         sizes: Sequence[tuple[int, int]],
-        has_padding: bool,
+        padded: tuple[int, int],
         targets: list[Target] | None,
     ) -> TransformerOutput:
         extents = exact_extents(sizes, self.strides, self.pixel_mean) if self.exact_sizes else None
-        return self.transformer(maps, masks, has_padding, targets, extents=extents)
+        has_padding = any(size != padded for size in sizes)
+        return self.transformer(maps, masks, has_padding, targets, extents=extents, padded_size=padded)
 
     def targets(self, batched_inputs: list[dict]) -> list[Target]:
         """Objects of each image, boxes relative to the unpadded network input."""
@@ -395,6 +396,12 @@ class LiteDETR(DINO):
     default_config = "lite_detr/lite_dino_r50_h3l1_2p1x3_36ep"
 
 
+class SalienceDETR(DINO):
+    """Salience DETR (Hou et al., CVPR 2024)."""
+
+    default_config = "salience_detr/salience_detr_r50_4scale_12ep"
+
+
 def _register(*detectors: type[SetDetector]) -> None:
     """Makes the detectors known to detectron2; once more, after a reload, without effect.
 
@@ -419,4 +426,4 @@ def _register(*detectors: type[SetDetector]) -> None:
 
 
 # SetDetector: for configs that have no name here (``MODEL.SPARSE_DETR.CONFIG``).
-_register(SetDetector, DeformableDETR, DINO, SparseDETR, FocusDETR, LiteDETR)
+_register(SetDetector, DeformableDETR, DINO, SparseDETR, FocusDETR, LiteDETR, SalienceDETR)

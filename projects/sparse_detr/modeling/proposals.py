@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torchvision.ops import nms
 
 from .heads import BoxHead, ClassHead
 from .layers import at_least_float32, box_code
 from .matcher import Assignment
-from .tokens import Tokens, gather_tokens
+from .tokens import LevelShapes, Tokens, cell_centres, gather_tokens
+
+CANDIDATES = 4  # per query, where neighbours are suppressed
 
 
 @dataclass
@@ -95,25 +99,67 @@ class QuerySelection(nn.Module):
     Args:
         skip_invalid: rank padding and border proposals last. The published models leave them in
             the ranking, all with one and the same score, so a batch's padding can displace queries.
+        nms_threshold: neighbours do not both become queries, see ``first_of_neighbours``; None: off.
     """
 
     two_stage = True
 
-    def __init__(self, *, num_queries: int, skip_invalid: bool = False):
+    def __init__(self, *, num_queries: int, skip_invalid: bool = False, nms_threshold: float | None = None):
         super().__init__()
         self.num_queries = num_queries
         self.skip_invalid = skip_invalid
+        self.nms_threshold = nms_threshold
 
     @property
     def num_selected(self) -> int:
         """How many tokens become queries."""
         return self.num_queries
 
-    def select(self, scores: Tensor, invalid: Tensor) -> Tensor:
-        """Scores and validity (B, N) -> (B, Q) best tokens; Q shrinks to N on smaller images."""
+    def select(self, scores: Tensor, tokens: Tokens) -> Tensor:
+        """Scores (B, N) of ``tokens`` -> (B, Q) best tokens; Q shrinks to N on smaller images."""
         if self.skip_invalid:
-            scores = scores.masked_fill(invalid, float("-inf"))
-        return scores.topk(min(self.num_selected, scores.shape[1]), dim=1).indices
+            scores = scores.masked_fill(tokens.unproposed, float("-inf"))
+        count = min(self.num_selected, scores.shape[1])
+        if self.nms_threshold is None:
+            return scores.topk(count, dim=1).indices
+        candidates = min(CANDIDATES * count, scores.shape[1])
+        return first_of_neighbours(scores, tokens.shapes, candidates, self.nms_threshold)[0][:, :count]
+
+
+def first_of_neighbours(
+    scores: Tensor, shapes: LevelShapes, candidates: int, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """The ``candidates`` (M) best tokens, but for each group of neighbours the best one first.
+
+    Non-maximum suppression of squares, two cells wide, around the tokens of a level (Salience DETR,
+    "redundancy removal"): where they overlap by more than ``threshold``, the better one is kept. Direct
+    neighbours have IoU 1/3, diagonal ones 1/7. A suppressed candidate comes behind all that are kept, so
+    that there are queries enough on any image; published code fails where too few are kept.
+
+    Args:
+        scores: (B, N); -inf is never kept.
+
+    Returns:
+        (B, M) int64 tokens, those that were kept first, both parts by falling score; and (B,) how many
+        were kept.
+    """
+    value, index = scores.detach().topk(candidates, dim=1)  # (B, M)
+    centres = []
+    for level, centre in enumerate(cell_centres(shapes, at_least_float32(scores))):
+        # Levels side by side, so that squares of two levels never overlap.
+        offset = sum(width + 2 for _, width in shapes[:level])
+        centres.append(centre + torch.tensor([offset, 0], device=centre.device))
+    centre = torch.cat(centres)[index]  # (B, M, 2)
+    square = torch.cat([centre - 1, centre + 1], dim=-1)
+    rank = torch.arange(candidates, device=scores.device)
+    order, counts = [], []
+    for image in range(scores.shape[0]):
+        kept = torch.zeros_like(rank, dtype=torch.bool)
+        kept[nms(square[image], at_least_float32(value[image]), threshold)] = True
+        kept &= value[image] > float("-inf")
+        order.append(torch.where(kept, rank, rank + candidates).argsort())
+        counts.append(kept.sum())
+    return index.gather(1, torch.stack(order)), torch.stack(counts)
 
 
 class LearnedQueries(QuerySelection):
@@ -160,8 +206,9 @@ class ProposalQueries(QuerySelection):
         num_queries: int = 300,
         content_from_memory: bool = False,
         skip_invalid: bool = False,
+        nms_threshold: float | None = None,
     ):
-        super().__init__(num_queries=num_queries, skip_invalid=skip_invalid)
+        super().__init__(num_queries=num_queries, skip_invalid=skip_invalid, nms_threshold=nms_threshold)
         if embed_dim % 4:
             raise ValueError(f"ProposalQueries: embed_dim={embed_dim} must be a multiple of 4")
         self.content_from_memory = content_from_memory
@@ -174,7 +221,7 @@ class ProposalQueries(QuerySelection):
         projected = head.project(memory, tokens.unproposed)
         logits = head.class_head(projected)  # (B, N, num_classes)
         boxes = head.refine(projected, tokens.proposals)  # (B, N, 4)
-        selected = self.select(head.score(logits), tokens.unproposed)  # (B, Q)
+        selected = self.select(head.score(logits), tokens)  # (B, Q)
 
         reference = gather_tokens(boxes, selected).detach().sigmoid()
         code = box_code(reference, self.num_feats)  # (B, Q, 2 * C)
@@ -201,14 +248,15 @@ class MixedQueries(QuerySelection):
         num_queries: int = 900,
         learned_content: bool = True,
         skip_invalid: bool = False,
+        nms_threshold: float | None = None,
     ):
-        super().__init__(num_queries=num_queries, skip_invalid=skip_invalid)
+        super().__init__(num_queries=num_queries, skip_invalid=skip_invalid, nms_threshold=nms_threshold)
         self.content = nn.Embedding(num_queries, embed_dim) if learned_content else None
 
     def forward(self, memory: Tensor, tokens: Tokens, head: ProposalHead) -> tuple[Queries, Proposals]:
         projected = head.project(memory, tokens.unproposed)
         scores = head.score(head.class_head(projected))
-        selected = self.select(scores, tokens.unproposed)  # (B, Q)
+        selected = self.select(scores, tokens)  # (B, Q)
 
         # The heads act on tokens one by one: refine and classify only the chosen ones.
         chosen = gather_tokens(projected, selected)  # (B, Q, C)

@@ -5,9 +5,11 @@ What the encoders that refresh a part of the tokens share; a paper's own ranking
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import at_least_float32
@@ -51,6 +53,73 @@ class TokenScorer(nn.Module):
         return self.layer2(x).squeeze(-1)
 
 
+class ForegroundScorer(nn.Module):
+    """One foreground logit per token; coarser levels modulate the finer ones.
+
+    Focus-DETR (Zheng et al., ICCV 2023), Sec. 3 "Scoring mechanism", Eq. (3), top-down modulation.
+    Level l is scored on ``z_l * (1 + alpha * upsampled logits of level l + 1)`` with a learned
+    ``alpha`` per pair of levels; all levels share one network. As that network starts with a
+    LayerNorm, which undoes a positive factor but for its eps, the modulation acts mostly where the
+    factor is negative; so it does in the published models.
+    """
+
+    def __init__(self, *, embed_dim: int, num_levels: int):
+        super().__init__()
+        self.scorer = TokenScorer(embed_dim=embed_dim)
+        self.alpha = nn.Parameter(torch.empty(num_levels - 1))  # coarse to fine
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        nn.init.uniform_(self.alpha, -0.3, 0.3)
+
+    def forward(self, x: Tensor, tokens: Tokens, mask: Tensor | None = None) -> Tensor:
+        """Score projected tokens (B, N, C) -> (B, N).
+
+        Args:
+            mask: (B, N) bool, True on tokens to leave out of each level's mean, or None.
+        """
+        levels = tokens.split_levels(x)
+        masks = [None] * len(levels) if mask is None else tokens.split_levels(mask)
+        scores = [self.scorer(levels[-1], masks[-1])]  # (B, H_l * W_l) each, coarse to fine
+        for step, level in enumerate(reversed(range(len(levels) - 1))):
+            coarse = scores[-1].unflatten(1, tokens.shapes[level + 1])[:, None]
+            shape = tokens.shapes[level]
+            if mask is None:  # as published: from corner to corner of the padded maps
+                fine = F.interpolate(coarse, shape, mode="bilinear", align_corners=True)
+            else:
+                cells = tokens.valid_cells
+                fine = _enlarge_valid(coarse, cells[:, level + 1], cells[:, level], shape)
+            fine = fine.flatten(1)[..., None]  # (B, H_l * W_l, 1)
+            modulated = levels[level] * (1 + self.alpha[step] * fine)
+            scores.append(self.scorer(modulated, masks[level]))
+        return torch.cat(scores[::-1], dim=1)
+
+
+def _enlarge_valid(x: Tensor, cells: Tensor, new_cells: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Bilinear resize of each image's valid part to the valid part of a larger map, corners aligned.
+
+    Args:
+        x: (B, 1, H, W); cells, new_cells: (B, 2) number (w, h) of valid cells before and after.
+        shape: of the new map.
+
+    Returns:
+        (B, 1, *shape); in the padding, the last row and column.
+    """
+    scale = (cells - 1) / (new_cells - 1).clamp(min=1)  # (B, 2), from new cells to old ones
+    last = torch.tensor(x.shape[:1:-1], device=x.device).sub(1).clamp(min=1)  # (W - 1, H - 1)
+    axes = [
+        torch.minimum(torch.arange(size, device=x.device) * scale[:, axis, None], cells[:, axis, None] - 1)
+        / last[axis]
+        * 2
+        - 1
+        for axis, size in enumerate(reversed(shape))
+    ]  # (B, W_new), (B, H_new) in [-1, 1]
+    grid = torch.stack(
+        [axes[0][:, None].expand(-1, shape[0], -1), axes[1][:, :, None].expand(-1, -1, shape[1])], dim=-1
+    ).to(x.dtype)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=True)
+
+
 def padding_last(scores: Tensor, tokens: Tokens, strict: bool) -> Tensor:
     """A ranking (B, N) from ``scores`` (B, N), without gradient, that puts padding at the end.
 
@@ -63,11 +132,11 @@ def padding_last(scores: Tensor, tokens: Tokens, strict: bool) -> Tensor:
     return torch.where(tokens.mask, torch.finfo(scores.dtype).min if strict else scores.min(), scores)
 
 
-def promise_count(item: float, limit: int) -> int:
-    """``item``, an int out of a tensor; tells export tracers that it lies in 1 to ``limit``."""
+def promise_count(item: float, limit: int, least: int = 1) -> int:
+    """``item``, an int out of a tensor; tells export tracers that it lies in ``least`` to ``limit``."""
     count = cast(int, item)  # int() would fix the number, which is a symbol in an export
     if not torch.jit.is_tracing():  # there, sizes are tensors, and nothing needs the promise
-        torch._check(count >= 1)
+        torch._check(count >= least)
         torch._check(count <= limit)
     return count
 
@@ -85,6 +154,23 @@ def token_budgets(tokens: Tokens, keep_ratio: float) -> tuple[Tensor, int]:
     budgets = torch.minimum((valid.float() * keep_ratio).long() + 1, valid)
     kept = promise_count(budgets.max().item(), tokens.mask.shape[1])
     return budgets.to(tokens.mask.device, non_blocking=True), kept
+
+
+def level_budgets(tokens: Tokens, keep_ratios: Sequence[float]) -> tuple[Tensor, list[int]]:
+    """How many tokens each image keeps of each level: ``int(keep_ratio * valid)`` of its ``valid`` ones.
+
+    The product is rounded to float32, as published; a level may keep none.
+
+    Returns:
+        (B, L) int64 budgets and, per level, the most of an image, as in ``token_budgets``.
+    """
+    valid = torch.tensor(tokens.level_counts)  # (B, L)
+    budgets = (valid.float() * torch.tensor(keep_ratios, dtype=torch.float32)).long()
+    most = [
+        promise_count(count.item(), height * width, least=0)
+        for count, (height, width) in zip(budgets.amax(0), tokens.shapes)
+    ]
+    return budgets.to(tokens.mask.device, non_blocking=True), most
 
 
 def share_of(count: int, ratio: float) -> int:
@@ -168,14 +254,49 @@ def keep_best(tokens: Tokens, scores: Tensor, keep_ratio: float, *, strict: bool
     """
     ranking = padding_last(scores, tokens, strict)
     budgets, kept = token_budgets(tokens, keep_ratio)  # (B,), K
-    ordered = ranking
-    if strict:
-        size = ranking.shape[1]
-        # All different, so that no tie is decided by the rounding of equal scores.
-        place = torch.arange(size, dtype=ranking.dtype, device=ranking.device) / size
-        last = torch.finfo(ranking.dtype).min / 2 * (1 + place)
-        ordered = torch.where(tokens.unproposed & ~tokens.mask, last, ranking)
+    ordered = unproposed_last(ranking, tokens) if strict else ranking
     return TokenSet(tokens, ordered.topk(kept, dim=1).indices, budgets, ranking)
+
+
+def keep_best_of_levels(
+    tokens: Tokens, scores: Tensor, keep_ratios: Sequence[float], *, strict: bool = True
+) -> TokenSet:
+    """The best tokens of each level, a share ``keep_ratios`` of each, ranked over all levels.
+
+    Args:
+        scores: (B, N).
+        strict: as in ``keep_best``. False ranks padding level with the lowest score of its level in the
+            batch and gives an image as many tokens of each level as the batch's largest has; it refreshes
+            as many as it has itself, the best of all levels.
+    """
+    ranking = padding_last(scores, tokens, strict)
+    budgets, counts = level_budgets(tokens, keep_ratios)  # (B, L), [K_l]
+    ordered = tokens.split_levels(unproposed_last(ranking, tokens) if strict else scores.detach())
+    masks = tokens.split_levels(tokens.mask)
+    chosen, values = [], []
+    for level, (start, count) in enumerate(zip(tokens.level_starts, counts)):
+        score = at_least_float32(ordered[level])  # (B, H_l * W_l)
+        lowest = torch.finfo(score.dtype).min
+        if tokens.has_padding and not strict:
+            score = torch.where(masks[level], score.min(), score)
+        value, index = score.topk(count, dim=1)  # (B, K_l)
+        if tokens.has_padding and strict:
+            rank = torch.arange(count, device=index.device)
+            value = value.masked_fill(rank >= budgets[:, level, None], lowest)
+        chosen.append(index + start)
+        values.append(value)
+    value = torch.cat(values, dim=1)  # (B, K)
+    ranked = torch.cat(chosen, dim=1).gather(1, value.topk(value.shape[1], dim=1).indices)
+    return TokenSet(tokens, ranked, budgets.sum(1), ranking)
+
+
+def unproposed_last(ranking: Tensor, tokens: Tokens) -> Tensor:
+    """``ranking`` (B, N) with ``unproposed`` tokens behind the others, by place, and before padding."""
+    size = ranking.shape[1]
+    # All different, so that no tie is decided by the rounding of equal scores.
+    place = torch.arange(size, dtype=ranking.dtype, device=ranking.device) / size
+    last = torch.finfo(ranking.dtype).min / 2 * (1 + place)
+    return torch.where(tokens.unproposed & ~tokens.mask, last, ranking)
 
 
 def visiting_order(ranked: Tensor, tokens: Tokens) -> Tensor:

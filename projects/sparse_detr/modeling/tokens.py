@@ -35,8 +35,9 @@ class Tokens:
             follows from it: the published models count whole cells, ``exact_extents`` divides the
             image's pixels by the level's stride (docs/reference_points.md).
         has_padding: False when no image of the batch is padded, known without looking at ``mask``.
-        counts: unpadded tokens of each image, where that is known without waiting for the device.
+        counts: unpadded tokens of each image and level, where known without waiting for the device.
         exact: ``extents`` are not rounded, and nothing geometric depends on the padded size.
+        padded_size: (height, width) in pixels that the maps cover, see ``pixels``.
 
     Attributes:
         valid_ratios: (B, L, 2) fraction (w, h) of each map that shows the image.
@@ -56,12 +57,14 @@ class Tokens:
         shapes: LevelShapes,
         extents: Tensor,
         has_padding: bool,
-        counts: tuple[int, ...] | None = None,
+        counts: tuple[tuple[int, ...], ...] | None = None,
         exact: bool = False,
+        padded_size: tuple[int, int] | None = None,
     ):
         self.features, self.position, self.mask = features, position, mask
         self.shapes, self.extents = shapes, extents
         self.has_padding, self.counts, self.exact = has_padding, counts, exact
+        self.padded_size = padded_size
 
         self.valid_ratios = extents / level_sizes(shapes, extents)
         levels = enumerate(cell_centres(shapes, extents))
@@ -87,11 +90,33 @@ class Tokens:
     @property
     def valid_counts(self) -> tuple[int, ...]:
         """Unpadded tokens of each image, as Python ints."""
-        return tuple((~self.mask).sum(1).tolist()) if self.counts is None else self.counts
+        return tuple(map(sum, self.level_counts))
+
+    @property
+    def level_counts(self) -> tuple[tuple[int, ...], ...]:
+        """Unpadded tokens of each image, level by level, as Python ints."""
+        return count_valid(self.split_levels(self.mask)) if self.counts is None else self.counts
 
     @property
     def level_starts(self) -> tuple[int, ...]:
         return level_starts(self.shapes)
+
+    def pixels(self, image_sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """(B or 1, N, 2) centres of the cells in pixels of the network input.
+
+        A cell's side is the padded size over the number of cells, as published; the level's stride where
+        sizes are exact.
+
+        Args:
+            image_sizes: (height, width) of each image; the largest count as padded size where
+                ``padded_size`` is None.
+        """
+        sizes = self.centres.new_tensor([[width, height] for height, width in image_sizes])  # (B, 2)
+        if self.exact:
+            return self.centres * sizes[:, None]
+        height, width = self.padded_size or sizes.amax(0).flip(0).tolist()
+        centres = zip(cell_centres(self.shapes, sizes), self.shapes)
+        return torch.cat([c * c.new_tensor([width / w, height / h]) for c, (h, w) in centres])[None]
 
     def split_levels(self, x: Tensor) -> list[Tensor]:
         """(B, N, ...) -> one (B, H_l * W_l, ...) per level."""
@@ -111,6 +136,11 @@ def flatten_levels(maps: Sequence[Tensor]) -> Tensor:
     if maps[0].dim() == 3:
         return torch.cat([m.flatten(1) for m in maps], dim=1)
     return torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
+
+
+def count_valid(masks: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    """Per image the unpadded cells of each level, from masks (B, ...)."""
+    return tuple(map(tuple, torch.stack([(~mask).flatten(1).sum(1) for mask in masks], dim=1).tolist()))
 
 
 def valid_sizes(masks: Sequence[Tensor]) -> Tensor:

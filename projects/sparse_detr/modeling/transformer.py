@@ -17,11 +17,12 @@ from .attention import Samples
 from .criterion import Predictions
 from .decoder import DecoderOutput, DeformableDecoder
 from .encoder import Encoder, EncoderOutput
+from .fusion import FusionNeck
 from .heads import DetectionHeads
 from .layers import SinePosition, TransformerLayer
 from .matcher import Assignment, Target
 from .proposals import ProposalHead, Proposals, QueryGroup, QuerySelection
-from .tokens import Tokens, flatten_levels, valid_sizes
+from .tokens import Tokens, count_valid, flatten_levels, valid_sizes
 
 
 @dataclass
@@ -29,11 +30,13 @@ class TransformerOutput:
     """Everything one forward pass computed.
 
     logits: (B, Q, num_classes) and boxes: (B, Q, 4) cxcywh in [0, 1] of the unpadded image, of
-    the last decoder layer's detection queries. ``proposals`` is None for single-stage models.
+    the last decoder layer's detection queries; memory: (B, N, C), what the decoder attended to.
+    ``proposals`` is None for single-stage models.
     """
 
     logits: Tensor
     boxes: Tensor
+    memory: Tensor
     tokens: Tokens
     encoded: EncoderOutput
     proposals: Proposals | None
@@ -50,6 +53,8 @@ class DetectionTransformer(nn.Module):
         share_proposal_heads: the proposals use the decoder's class and box head (two-stage models
             without per-layer heads).
         denoising: makes denoising queries in training (DINO), or None.
+        fusion: exchanges what the encoder's levels hold by convolutions, before proposals and decoder
+            read it, or None.
         activation_checkpointing: encoder and decoder layers keep their inputs only and are
             computed again in the backward pass: less memory, about a third more time.
     """
@@ -67,6 +72,7 @@ class DetectionTransformer(nn.Module):
         share_proposal_heads: bool = False,
         position: SinePosition,
         denoising: nn.Module | None = None,
+        fusion: FusionNeck | None = None,
         activation_checkpointing: bool = False,
         embed_dim: int = 256,
         num_levels: int = 4,
@@ -92,6 +98,7 @@ class DetectionTransformer(nn.Module):
         self.decoder = decoder
         self.heads = heads
         self.denoising = denoising
+        self.fusion = fusion
         if share_proposal_heads:
             if proposal_head is None:
                 raise ValueError(
@@ -124,6 +131,7 @@ class DetectionTransformer(nn.Module):
         targets: Sequence[Target] | None = None,
         *,
         extents: Tensor | None = None,
+        padded_size: tuple[int, int] | None = None,
         record: bool = False,
     ) -> TransformerOutput:
         """Detect objects in projected feature maps.
@@ -135,17 +143,19 @@ class DetectionTransformer(nn.Module):
             has_padding: False promises that no mask holds True.
             targets: objects of each image, needed for denoising in training.
             extents: (B, L, 2), see ``Tokens``; None counts the unpadded cells, as published.
+            padded_size: (height, width) of the batch in pixels.
             record: keep where the decoder looked, also where the encoder does not ask for it.
         """
-        tokens = self.tokenize(maps, masks, has_padding, extents)
+        tokens = self.tokenize(maps, masks, has_padding, extents, padded_size)
         encoded = self.encoder(tokens, self.proposal_head)
-        queries, proposals = self.query_selection(encoded.memory, tokens, self.proposal_head)
+        memory = encoded.memory if self.fusion is None else self.fusion(encoded.memory, tokens)
+        queries, proposals = self.query_selection(memory, tokens, self.proposal_head)
         if self.denoising is not None and self.training:
             assert targets is not None, "training with denoising needs targets"
             queries = self.denoising(queries, targets)
         decoded = self.decoder(
             queries,
-            encoded.memory,
+            memory,
             tokens,
             self.heads,
             record=record or (self.training and self.encoder.needs_decoder_samples),
@@ -155,6 +165,7 @@ class DetectionTransformer(nn.Module):
         return TransformerOutput(
             logits=decoded.logits[-1][:, detected],
             boxes=decoded.boxes[-1][:, detected],
+            memory=memory,
             tokens=tokens,
             encoded=encoded,
             proposals=proposals,
@@ -168,6 +179,7 @@ class DetectionTransformer(nn.Module):
         masks: Sequence[Tensor],
         has_padding: bool = True,
         extents: Tensor | None = None,
+        padded_size: tuple[int, int] | None = None,
     ) -> Tokens:
         """Flatten maps (B, C, H_l, W_l) and masks (B, H_l, W_l), finest level first."""
         counts = _valid_counts(masks, has_padding)
@@ -186,6 +198,7 @@ class DetectionTransformer(nn.Module):
             has_padding=has_padding,
             counts=counts,
             exact=exact,
+            padded_size=padded_size,
         )
 
     def predictions(self, output: TransformerOutput) -> list[Predictions]:
@@ -210,13 +223,11 @@ class DetectionTransformer(nn.Module):
         return sets
 
 
-def _valid_counts(masks: Sequence[Tensor], has_padding: bool) -> tuple[int, ...] | None:
-    """Unpadded tokens of each image, or None if only the device knows."""
+def _valid_counts(masks: Sequence[Tensor], has_padding: bool) -> tuple[tuple[int, ...], ...] | None:
+    """Unpadded tokens of each image and level, or None if only the device knows."""
     if not has_padding:
-        return (sum(m[0].numel() for m in masks),) * masks[0].shape[0]
-    if masks[0].device.type != "cpu":
-        return None
-    return tuple((~flatten_levels(masks)).sum(1).tolist())
+        return (tuple(m[0].numel() for m in masks),) * masks[0].shape[0]
+    return count_valid(masks) if masks[0].device.type == "cpu" else None
 
 
 def _slices(groups: Sequence[QueryGroup]) -> list[slice]:

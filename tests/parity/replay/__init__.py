@@ -19,7 +19,7 @@ def replay(case: Case) -> None:
 
 def find_replay(case: Case):
     """The function that replays ``case``, from its system and what its configuration holds."""
-    from . import deformable, dino, lite, ops
+    from . import deformable, dino, lite, ops, salience
 
     system, config = str(case.meta.get("system")), case.meta.get("config", {})
     if system in ("deformable_detr", "sparse_detr", "h_deformable_detr"):
@@ -38,7 +38,11 @@ def find_replay(case: Case):
         if "reference_dim" in config:
             return lite.run_attention
         return lite.run if "backbone" in config else lite.run_encoder
+    if system == "salience_detr":
+        if "layouts" in case.meta:
+            return salience.run_neighbours if "iou_threshold" in config else salience.run_labels
+        return salience.run_neck if "spatial_shapes" in config else salience.run
     raise ValueError(
         f"system {system!r} is not replayed here; known: deformable_detr, sparse_detr, h_deformable_detr, "
-        "dino, focus_detr, lite_detr"
+        "dino, focus_detr, lite_detr, salience_detr"
     )

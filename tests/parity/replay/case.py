@@ -82,7 +82,7 @@ class Case:
             if isinstance(aliases, dict) and name in aliases:
                 continue
             state[name] = self.tensor(recipe.fill(name, shape, self.meta["seed"]))
-            if state[name].is_floating_point():
+            if state[name].is_floating_point() and "running_" not in name:
                 state[name].requires_grad_()
         for alias, name in aliases.items() if isinstance(aliases, dict) else ():
             state[alias] = state[name]

@@ -166,12 +166,12 @@ def compare_tokens(case: Case, output) -> None:
     case.compare("spatial_shapes", torch.tensor(tokens.shapes))
     case.compare("valid_ratios", tokens.valid_ratios)
     case.compare_rows("src_rows", tokens.features)
-    case.compare_rows("memory_rows", output.encoded.memory)
+    case.compare_rows("memory_rows", output.memory)
     if case.stores("lvl_pos_rows"):  # of the first rows only
         rows = case.array("rows")[:, : case.arrays["lvl_pos_rows"].shape[1]]
         case.compare("lvl_pos_rows", at(tokens.position, rows))
     if case.stores("memory_stats"):
-        case.compare_stats("memory_stats", output.encoded.memory, tokens.mask)
+        case.compare_stats("memory_stats", output.memory, tokens.mask)
 
 
 def _compare_predictions(case: Case, model, output) -> None:

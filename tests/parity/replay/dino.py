@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from detectron2.config import instantiate
@@ -14,7 +17,7 @@ from sparse_detr.modeling import ContrastiveDenoising
 from sparse_detr.modeling.denoising import Noise
 from sparse_detr.modeling.encoders.foreground import foreground_loss, foreground_targets
 from sparse_detr.modeling.matcher import Assignment, Target
-from sparse_detr.modeling.postprocess import detections
+from sparse_detr.modeling.postprocess import detections, top_detections
 from sparse_detr.modeling.proposals import Queries, QueryGroup
 
 from . import recipe
@@ -27,7 +30,12 @@ EVERY = 7  # denoising queries are stored in steps of this
 
 def build_model(config: dict):
     """The model that the configuration of a detrex case describes."""
-    model = get_config("models/dino.py").model
+    return instantiate(model_config(config, "dino"))
+
+
+def model_config(config: dict, base: str):
+    """``models/<base>.py`` with the settings of a case in it."""
+    model = get_config(f"models/{base}.py").model
     model.num_classes = config["num_classes"]
     model.pixel_mean, model.pixel_std = config["pixel_mean"], config["pixel_std"]
     model.max_detections = config["select_box_nums_for_evaluation"]
@@ -42,7 +50,7 @@ def build_model(config: dict):
     transformer.embed_dim = config["embed_dim"]
     transformer.position.update(temperature=config["temperature"], offset=config["offset"])
     transformer.decoder.num_layers = config["dec_layers"]
-    transformer.decoder.look_forward_twice = config["look_forward_twice"]
+    transformer.decoder.look_forward_twice = config.get("look_forward_twice", True)
     transformer.decoder.layer.update(
         num_heads=config["nheads"], ffn_dim=config["feedforward_dim"], dropout=config["dropout"]
     )
@@ -64,7 +72,7 @@ def build_model(config: dict):
         transformer.encoder.layer.update(ffn_dim=config["feedforward_dim"], dropout=config["dropout"])
         transformer.encoder.layer.attention.num_heads = config["nheads"]
     transformer.query_selection.update(
-        num_queries=config["num_queries"], learned_content=config["learnt_init_query"]
+        num_queries=config["num_queries"], learned_content=config.get("learnt_init_query", True)
     )
     transformer.denoising.update(
         num_queries=config["dn_number"],
@@ -74,7 +82,7 @@ def build_model(config: dict):
     matcher = config["matcher"]
     model.criterion.matcher.update(matcher)
     model.criterion.update(alpha=matcher["alpha"], gamma=matcher["gamma"])
-    return instantiate(model)
+    return model
 
 
 def recorded_noise(case: Case, denoising: ContrastiveDenoising):
@@ -86,9 +94,11 @@ def recorded_noise(case: Case, denoising: ContrastiveDenoising):
     def draw(rows: int, like: Tensor) -> Noise:
         chance = recorded("dn_label_p", like.new_ones(rows))
         assert len(chance) == rows, f"{rows} denoising queries, the case has {len(chance)}"
-        # Published code draws new labels only for the rows it replaces, and signs as 0 or 1.
+        # detrex draws new labels only for the rows it replaces, and signs as 0 or 1.
         label = torch.zeros(rows, dtype=torch.long)
         flipped = chance < denoising.label_noise_ratio * 0.5
+        if len(case.arrays.get("dn_label_new", ())) == rows:
+            flipped[:] = True
         label[flipped] = recorded("dn_label_new", label[flipped])
         sign = recorded("dn_box_sign", torch.ones(rows, 4, dtype=torch.long)) * 2 - 1
         return Noise(chance, label, sign, recorded("dn_box_rand", like.new_zeros(rows, 4)))
@@ -150,7 +160,12 @@ def run_labels(case: Case) -> None:
 
 def run(case: Case) -> None:
     """Replay a whole-model case and compare everything it stores."""
-    model = build_model(case.config).to(case.dtype)
+    run_model(case, build_model(case.config))
+
+
+def run_model(case: Case, model, more: Callable | None = None) -> None:
+    """``run`` of ``model``; ``more(case, model, output)`` compares what only such cases store."""
+    model.to(case.dtype)
     # Only the last layer predicts in eval mode; cases from before that store all of them.
     training = case.meta["mode"] == "train"
     layers = max(len(case.arrays.get("pred_boxes_all", ())), 1 + len(case.arrays.get("aux_logits_q3", ())))
@@ -166,10 +181,10 @@ def run(case: Case) -> None:
         model.transformer.denoising = None
         state = {k: v for k, v in state.items() if "denoising" not in k}
     with torch.set_grad_enabled(training):
-        Replay(model).run(state, lambda m: _body(case, m, queries))
+        Replay(model).run(state, lambda m: _body(case, m, queries, more))
 
 
-def _body(case: Case, model, queries: list[Queries]) -> None:
+def _body(case: Case, model, queries: list[Queries], more: Callable | None) -> None:
     sizes = [tuple(size) for size in case.meta["image_sizes"]]
     inputs = [{} for _ in sizes]
     targets = None
@@ -184,7 +199,7 @@ def _body(case: Case, model, queries: list[Queries]) -> None:
             entry["image"] = case.drawn(f"image{i}")
         output = model.detect(model.preprocess(inputs), targets)
     else:
-        features = [case.drawn(name) for name in model.in_features]
+        features = [case.drawn(name) for name in case.meta["inputs"] if re.fullmatch(r"(res|layer)\d", name)]
         output = model.decode(features, sizes, tuple(case.meta["padded"]), targets)
     compare_tokens(case, output)
     _compare_predictions(case, output)
@@ -195,11 +210,13 @@ def _body(case: Case, model, queries: list[Queries]) -> None:
     else:
         _compare_denoising(case, output, queries[0])
         _compare_losses(case, model, output, targets)
+    if more is not None:
+        more(case, model, output)
     case.skip("enc_layer_stats")  # informative: padding, surplus rows
 
 
 def _compare_predictions(case: Case, output) -> None:
-    for image, (memory, padding) in enumerate(zip(output.encoded.memory, output.tokens.mask)):
+    for image, (memory, padding) in enumerate(zip(output.memory, output.tokens.mask)):
         if case.exact:  # informative: sums of many roundings
             case.compare(f"memory_stats{image}", torch.tensor(stats(memory[~padding])))
         case.skip(f"memory_stats{image}")
@@ -243,6 +260,13 @@ def _same_sets(a: Tensor, b: Tensor) -> bool:
 
 
 def _compare_detections(case: Case, model, output, sizes: list) -> None:
+    if case.num_detections:  # boxes that are not clipped, and empty ones too
+        scores, labels, boxes = top_detections(output.logits, output.boxes, case.num_detections)
+        scale = boxes.new_tensor([[w, h, w, h] for h, w in sizes])
+        case.compare("post_scores", scores)
+        case.compare("post_labels", labels)
+        case.compare("post_boxes", boxes * scale[:, None])
+        return
     found = detections(output.logits, output.boxes, sizes, model.max_detections)
     for image, (instances, size) in enumerate(zip(found, case.meta["out_sizes"])):
         result = detector_postprocess(instances, *size)
@@ -288,25 +312,29 @@ def _compare_losses(case: Case, model, output, targets: list[Target]) -> None:
     total = sum(losses.values())
     if "loss_foreground" in losses:
         losses["select_loss"] = losses.pop("loss_foreground")
-        weights["select_loss"] = model.transformer.encoder.loss_weight
+    for name in losses.keys() - weights.keys():  # the encoder's own
+        weights[name] = model.transformer.encoder.loss_weight
     names = case.meta["loss_names"]
     case.decide("loss names", sorted(losses) == sorted(names))
     case.compare("losses_weighted", torch.stack([losses[name] for name in names]))
     case.compare("loss_weights", torch.tensor([weights[name] for name in names]))
     case.compare("total_loss", total, case.meta["total_loss"], "losses_weighted")
-    _compare_gradients(case, total)
+    compare_gradients(case, total, case.published)
 
 
-def _compare_gradients(case: Case, total: Tensor) -> None:
+def compare_gradients(case: Case, total: Tensor, published: dict[str, Tensor]) -> None:
     """Gradients with respect to the published parameters (float64 only)."""
     if not case.gradient_arrays():
         return
     names = case.meta["grad_names"]
     frozen = set(case.meta.get("grad_none", ()))
     rows = [i for i, name in enumerate(names) if name not in frozen]
-    gradients = torch.autograd.grad(total, [case.published[names[i]] for i in rows])
+    gradients = torch.autograd.grad(total, [published[names[i]] for i in rows])
     found = [(float(g.norm()), float(g.abs().sum()), float(g.sum())) for g in gradients]
     samples = [g.flatten()[np.linspace(0, g.numel() - 1, 6).round().astype(int)] for g in gradients]
-    for name, value in (("grad_stats", torch.tensor(found)), ("grad_samples", torch.stack(samples))):
+    for name, value in (
+        ("grad_stats", torch.tensor(found, dtype=torch.float64)),
+        ("grad_samples", torch.stack(samples)),
+    ):
         if case.stores(name):
             case.compare(name, value, case.arrays[name][rows])

@@ -1,95 +1,21 @@
-"""Which tokens are foreground: scoring from coarse to fine, label assignment and loss.
+"""Which tokens are foreground: label assignment and loss.
 
-Focus-DETR (Zheng et al., ICCV 2023), Sec. 3, "Scoring mechanism": the foreground token
-selector with top-down score modulation, Eq. (1)-(3).
+Focus-DETR (Zheng et al., ICCV 2023), Sec. 3, "Scoring mechanism": Eq. (1) and (2).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import sigmoid_focal_loss
 
-from ..boxes import cxcywh_to_xyxy
-from ..layers import at_least_float32, tensor_like
-from ..selection import TokenScorer
-from ..tokens import LevelShapes, Tokens
-
-if TYPE_CHECKING:
-    from ..matcher import Target
+from ..layers import at_least_float32
+from ..tokens import LevelShapes
 
 DISTANCES = ("side", "centre")
-
-
-class ForegroundScorer(nn.Module):
-    """One foreground logit per token; coarser levels modulate the finer ones.
-
-    Level l is scored on ``z_l * (1 + alpha * upsampled logits of level l + 1)`` with a learned
-    ``alpha`` per pair of levels; all levels share one network. As that network starts with a
-    LayerNorm, which undoes a positive factor but for its eps, the modulation acts mostly where the
-    factor is negative; so it does in the published models.
-    """
-
-    def __init__(self, *, embed_dim: int, num_levels: int):
-        super().__init__()
-        self.scorer = TokenScorer(embed_dim=embed_dim)
-        self.alpha = nn.Parameter(torch.empty(num_levels - 1))  # coarse to fine
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        nn.init.uniform_(self.alpha, -0.3, 0.3)
-
-    def forward(self, x: Tensor, tokens: Tokens, mask: Tensor | None = None) -> Tensor:
-        """Score projected tokens (B, N, C) -> (B, N).
-
-        Args:
-            mask: (B, N) bool, True on tokens to leave out of each level's mean, or None.
-        """
-        levels = tokens.split_levels(x)
-        masks = [None] * len(levels) if mask is None else tokens.split_levels(mask)
-        scores = [self.scorer(levels[-1], masks[-1])]  # (B, H_l * W_l) each, coarse to fine
-        for step, level in enumerate(reversed(range(len(levels) - 1))):
-            coarse = scores[-1].unflatten(1, tokens.shapes[level + 1])[:, None]
-            shape = tokens.shapes[level]
-            if mask is None:  # as published: from corner to corner of the padded maps
-                fine = F.interpolate(coarse, shape, mode="bilinear", align_corners=True)
-            else:
-                cells = tokens.valid_cells
-                fine = _enlarge_valid(coarse, cells[:, level + 1], cells[:, level], shape)
-            fine = fine.flatten(1)[..., None]  # (B, H_l * W_l, 1)
-            modulated = levels[level] * (1 + self.alpha[step] * fine)
-            scores.append(self.scorer(modulated, masks[level]))
-        return torch.cat(scores[::-1], dim=1)
-
-
-def _enlarge_valid(x: Tensor, cells: Tensor, new_cells: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Bilinear resize of each image's valid part to the valid part of a larger map, corners aligned.
-
-    Args:
-        x: (B, 1, H, W); cells, new_cells: (B, 2) number (w, h) of valid cells before and after.
-        shape: of the new map.
-
-    Returns:
-        (B, 1, *shape); in the padding, the last row and column.
-    """
-    scale = (cells - 1) / (new_cells - 1).clamp(min=1)  # (B, 2), from new cells to old ones
-    last = torch.tensor(x.shape[:1:-1], device=x.device).sub(1).clamp(min=1)  # (W - 1, H - 1)
-    axes = [
-        torch.minimum(torch.arange(size, device=x.device) * scale[:, axis, None], cells[:, axis, None] - 1)
-        / last[axis]
-        * 2
-        - 1
-        for axis, size in enumerate(reversed(shape))
-    ]  # (B, W_new), (B, H_new) in [-1, 1]
-    grid = torch.stack(
-        [axes[0][:, None].expand(-1, shape[0], -1), axes[1][:, :, None].expand(-1, -1, shape[1])], dim=-1
-    ).to(x.dtype)
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=True)
 
 
 def foreground_targets(
@@ -151,9 +77,3 @@ def foreground_loss(
     if mask is not None:
         loss = loss.masked_fill(mask, 0.0)
     return (loss.sum(1) / targets.sum(1).clamp(min=1)).mean()
-
-
-def pixel_boxes(targets: Sequence[Target]) -> list[Tensor]:
-    """Each image's boxes (G, 4) as xyxy in pixels of the network input."""
-    sizes = tensor_like([[w, h, w, h] for h, w in (t.size for t in targets)], targets[0].boxes)
-    return [cxcywh_to_xyxy(target.boxes * size) for target, size in zip(targets, sizes)]
