@@ -180,14 +180,14 @@ def places(folder: str) -> str:
     for name, changed in {"none": (), **PLACES, "all four": sum(PLACES.values(), ())}.items():
         other: list[Tokens] = []
 
-        def with_both(self, maps, masks, sizes, has_padding, targets, other=other):
-            padded = tuple(map(max, zip(*sizes)))
+        def with_both(self, maps, masks, sizes, padded, targets, other=other):
+            has_padding = any(size != padded for size in sizes)
             self.exact_sizes = not exact
             extents = None if exact else exact_extents(sizes, self.strides, self.pixel_mean)
             other_masks = self._masks(maps, sizes, padded)
             self.exact_sizes = exact
             other[:] = [tokenize(self.transformer, maps, other_masks, has_padding, extents)]
-            return transform(self, maps, masks, sizes, has_padding, targets)
+            return transform(self, maps, masks, sizes, padded, targets)
 
         def mixed(self, *args, changed=changed, other=other):
             tokens = tokenize(self, *args)
