@@ -33,7 +33,7 @@ RULES = (
     (r"modeling\.encoders\..*", rf"kernels|{BASE}|modeling\.(encoder|cascade|selection|heads|proposals)"),
     (r"modeling\.encoders", r"modeling\.encoders\..*"),
     (r"modeling\.(transformer|postprocess|backbone)", r"modeling\.(?!encoders|meta_arch).*"),
-    (r"modeling\.meta_arch", r"modeling\.(?!encoders).*|config|devices|errors"),
+    (r"modeling\.meta_arch", r"modeling\.(?!encoders).*|devices|errors|yacs_config"),
     (r"modeling", r"modeling\..*"),
     (
         r"modeling\..*",
@@ -45,7 +45,8 @@ RULES = (
     (r"published", r"errors"),
     (r"engine(\..*)?", rf"engine(\..*)?|data(\..*)?|config|devices|errors|published|{MODELING}"),
     (r"config", r"configs(\..*)?|data(\..*)?|errors|published"),
-    (r"yacs", r"modeling|config|errors|engine\.(checkpoint|optimizer)"),
+    (r"yacs_config", r"config|errors"),
+    (r"yacs", r"modeling|errors|yacs_config|engine\.(checkpoint|optimizer)"),
     (r"detectron2_env", r"yacs"),
     (r"configs(\..*)?", r"(?!tools|tests|train_net|modeling\.encoders).*"),
     (r"__init__", r"(?!tools|tests|train_net).*"),

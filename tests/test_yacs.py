@@ -13,11 +13,12 @@ from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.engine import DefaultPredictor, DefaultTrainer
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 
-from sparse_detr.config import from_yacs, get_config
+from sparse_detr.config import get_config
 from sparse_detr.data import shapes_dataset
 from sparse_detr.errors import UserError
 from sparse_detr.modeling import SparseDETR, meta_arch
 from sparse_detr.yacs import add_sparse_detr_config, build_optimizer
+from sparse_detr.yacs_config import from_yacs
 
 from .modeling.test_lite import published_names
 from .modeling.tiny import shrink

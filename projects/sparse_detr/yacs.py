@@ -24,12 +24,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.solver.build import GradientClipType, maybe_add_gradient_clipping
 
-from .config import from_yacs, unread_yacs_keys
 from .engine.checkpoint import fit_weights
 from .engine.optimizer import build_optimizer as optimizer_of_recipe
 from .engine.optimizer import clip_in_step
 from .errors import UserError
 from .modeling import SetDetector  # the import registers the architectures
+from .yacs_config import from_yacs, unread_yacs_keys
 
 logger = logging.getLogger(__name__)
 
