@@ -16,9 +16,9 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..config import from_yacs
 from ..devices import resolve_device
 from ..errors import UserError
+from ..yacs_config import from_yacs
 from .backbone import fold_frozen_norms
 from .boxes import xyxy_to_cxcywh
 from .criterion import BatchPart, SetCriterion
@@ -226,10 +226,8 @@ class SetDetector(nn.Module):
         padded = images.tensor.shape[-2], images.tensor.shape[-1]
         if self.pad_features and any(size != sizes[0] for size in sizes[1:]):
             maps, masks = self._maps_of_each_size(images.tensor, sizes)
-        else:
-            maps = self.neck(self._features(images.tensor))
-            masks = self._masks(maps, sizes, padded)
-        return self._transform(maps, masks, sizes, padded, targets)
+            return self._transform(maps, masks, sizes, padded, targets)
+        return self.decode(self._features(images.tensor), sizes, padded, targets)
 
     def _check_autocast(self) -> None:
         """A model that was cast as a whole: coordinates need more digits than half precision has."""
