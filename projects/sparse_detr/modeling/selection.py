@@ -120,16 +120,17 @@ def _enlarge_valid(x: Tensor, cells: Tensor, new_cells: Tensor, shape: tuple[int
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=True)
 
 
-def padding_last(scores: Tensor, tokens: Tokens, strict: bool) -> Tensor:
+def padding_last(scores: Tensor, mask: Tensor | None, strict: bool) -> Tensor:
     """A ranking (B, N) from ``scores`` (B, N), without gradient, that puts padding at the end.
 
     Args:
+        mask: (B, N) bool, True on padding; None where there is none.
         strict: behind every other token; otherwise level with the batch's lowest score, as published.
     """
     scores = at_least_float32(scores.detach())
-    if not tokens.has_padding:
+    if mask is None:
         return scores
-    return torch.where(tokens.mask, torch.finfo(scores.dtype).min if strict else scores.min(), scores)
+    return torch.where(mask, torch.finfo(scores.dtype).min if strict else scores.min(), scores)
 
 
 def promise_count(item: float, limit: int, least: int = 1) -> int:
@@ -252,7 +253,7 @@ def keep_best(tokens: Tokens, scores: Tensor, keep_ratio: float, *, strict: bool
             before it the ``unproposed`` tokens, which look all the same to a scorer that reads the
             two-stage projection. False ranks both by their score, as published.
     """
-    ranking = padding_last(scores, tokens, strict)
+    ranking = padding_last(scores, tokens.value_mask, strict)
     budgets, kept = token_budgets(tokens, keep_ratio)  # (B,), K
     ordered = unproposed_last(ranking, tokens) if strict else ranking
     return TokenSet(tokens, ordered.topk(kept, dim=1).indices, budgets, ranking)
@@ -269,20 +270,19 @@ def keep_best_of_levels(
             batch and gives an image as many tokens of each level as the batch's largest has; it refreshes
             as many as it has itself, the best of all levels.
     """
-    ranking = padding_last(scores, tokens, strict)
+    ranking = padding_last(scores, tokens.value_mask, strict)
     budgets, counts = level_budgets(tokens, keep_ratios)  # (B, L), [K_l]
-    ordered = tokens.split_levels(unproposed_last(ranking, tokens) if strict else scores.detach())
-    masks = tokens.split_levels(tokens.mask)
+    if strict:
+        ordered = tokens.split_levels(unproposed_last(ranking, tokens))  # (B, H_l * W_l) each
+    else:
+        masks = tokens.split_levels(tokens.mask) if tokens.has_padding else [None] * len(counts)
+        ordered = [padding_last(*level, strict) for level in zip(tokens.split_levels(scores), masks)]
     chosen, values = [], []
     for level, (start, count) in enumerate(zip(tokens.level_starts, counts)):
-        score = at_least_float32(ordered[level])  # (B, H_l * W_l)
-        lowest = torch.finfo(score.dtype).min
-        if tokens.has_padding and not strict:
-            score = torch.where(masks[level], score.min(), score)
-        value, index = score.topk(count, dim=1)  # (B, K_l)
+        value, index = ordered[level].topk(count, dim=1)  # (B, K_l)
         if tokens.has_padding and strict:
             rank = torch.arange(count, device=index.device)
-            value = value.masked_fill(rank >= budgets[:, level, None], lowest)
+            value = value.masked_fill(rank >= budgets[:, level, None], torch.finfo(value.dtype).min)
         chosen.append(index + start)
         values.append(value)
     value = torch.cat(values, dim=1)  # (B, K)
