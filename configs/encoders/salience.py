@@ -8,21 +8,12 @@ set both.
 
 from detectron2.config import LazyCall as L
 
-from sparse_detr.modeling import DualAttentionLayer, FusionNeck, MSDeformAttn, SalienceEncoder
+from sparse_detr.modeling import FusionNeck, SalienceEncoder
+
+from ..common.encoder_layers import dual_attention_layer
 
 encoder = L(SalienceEncoder)(
-    layer=L(DualAttentionLayer)(
-        attention=L(MSDeformAttn)(
-            embed_dim="${model.transformer.embed_dim}",
-            num_heads="${model.transformer.decoder.layer.num_heads}",
-            num_levels="${model.transformer.num_levels}",
-            num_points="${model.transformer.decoder.layer.cross_attention.num_points}",
-        ),
-        embed_dim="${model.transformer.embed_dim}",
-        num_heads="${model.transformer.decoder.layer.num_heads}",
-        ffn_dim="${model.transformer.decoder.layer.ffn_dim}",
-        dropout="${model.transformer.decoder.layer.dropout}",
-    ),
+    layer=dual_attention_layer,
     num_layers=6,
     embed_dim="${model.transformer.embed_dim}",
     num_levels="${model.transformer.num_levels}",

@@ -5,16 +5,13 @@ Layers follow the base's decoder in width, heads, points and dropout.
 
 from detectron2.config import LazyCall as L
 
-from sparse_detr.modeling import DeformableEncoderLayer, MSDeformAttn, SparseEncoder
+from sparse_detr.modeling import DeformableEncoderLayer, SparseEncoder
+
+from ..common.encoder_layers import attention
 
 encoder = L(SparseEncoder)(
     layer=L(DeformableEncoderLayer)(
-        attention=L(MSDeformAttn)(
-            embed_dim="${model.transformer.embed_dim}",
-            num_heads="${model.transformer.decoder.layer.num_heads}",
-            num_levels="${model.transformer.num_levels}",
-            num_points="${model.transformer.decoder.layer.cross_attention.num_points}",
-        ),
+        attention=attention,
         embed_dim="${model.transformer.embed_dim}",
         ffn_dim="${model.transformer.decoder.layer.ffn_dim}",
         dropout="${model.transformer.decoder.layer.dropout}",
