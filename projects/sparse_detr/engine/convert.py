@@ -47,8 +47,8 @@ _RESNET: list[Rule] = [
 
 # The authors' repositories, which follow Deformable DETR's: fundamentalvision/Deformable-DETR,
 # kakaobrain/sparse-detr, HDETR/H-Deformable-DETR, IDEA-Research/DINO, IDEA-Research/Lite-DETR.
-_AUTHORS: list[Rule] = [
-    *_RESNET,
+# These without the backbone, which others wrap otherwise.
+_PARTS: list[Rule] = [
     (r"^input_proj\.(\d+)\.0\.", r"neck.convs.\1."),
     (r"^input_proj\.(\d+)\.1\.", r"neck.norms.\1."),
     (r"^(transformer\.encoder\.layers\.\d+\.)self_attn\.", r"\1attention."),
@@ -72,6 +72,7 @@ _AUTHORS: list[Rule] = [
     (r"^transformer\.enc_out_bbox_embed\.", "transformer.proposal_head.box_head."),
     (r"^label_enc\.", "transformer.denoising.label_embed."),
 ]
+_AUTHORS = [*_RESNET, *_PARTS]
 
 # IDEA-Research/detrex and huawei-noah/noah-research: Deformable DETR, DINO and Focus-DETR.
 _DETREX: list[Rule] = [
@@ -122,7 +123,7 @@ _XIUQHOU: list[Rule] = [
     (r"^transformer\.decoder\.class_head\.", "transformer.heads.class_heads."),
     (r"^transformer\.decoder\.bbox_head\.", "transformer.heads.box_heads."),
     (r"^denoising_generator\.label_encoder\.", "transformer.denoising.label_embed."),
-    *_AUTHORS[len(_RESNET) :],
+    *_PARTS,
 ]
 
 # transformers' names are in ``huggingface``.
