@@ -49,6 +49,29 @@ def losses(row):
     return {name: value for name, value in row.items() if "loss" in name or name == "grad_norm"}
 
 
+def training(folder, *arguments, **environment):
+    """A run of its own process group, with a line in the metrics for five steps of it."""
+    with open(f"{folder}.log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "train_net.py"), "--config-file", TINY, *arguments],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # A shell starts background jobs deaf to Ctrl-C, and tests may be one.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "projects"), **environment},
+        )
+    deadline = time.monotonic() + 200
+    while len(rows(folder)) < 5 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return process
+
+
+def said_by(folder):
+    """What the run of ``training`` has printed."""
+    return Path(f"{folder}.log").read_text()
+
+
 @pytest.fixture
 def steps(monkeypatch):
     """Losses of every step of runs in this process, by iteration."""
@@ -73,18 +96,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, steps):
     expected = dict(steps)
     assert expected.keys() == set(range(40))
 
-    command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", TINY]
-    command += overrides(data, killed)
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
-    deadline = time.monotonic() + 200
-    while len(rows(killed)) < 5 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    process = training(killed, *overrides(data, killed), OMP_NUM_THREADS=str(torch.get_num_threads()))
     os.killpg(process.pid, signal.SIGKILL)  # and its worker
     process.wait()
     before = rows(killed)
@@ -108,24 +120,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, steps):
 def test_a_signal_to_the_whole_group_ends_a_run_in_good_order(tmp_path, number, status, said):
     """As ``timeout``, SLURM and a terminal send it: also to the loader's worker process."""
     data, folder = tmp_path / "data", tmp_path / "run"
-    command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", TINY]
-    command += [*overrides(data, folder), "train.max_iter=100000"]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        # A shell starts background jobs deaf to Ctrl-C, and tests may be one.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "projects")},
-    )
-    deadline = time.monotonic() + 200
-    while len(rows(folder)) < 5 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    process = training(folder, *overrides(data, folder), "train.max_iter=100000")
     os.killpg(process.pid, number)
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == status, output
+    assert process.wait(timeout=100) == status, said_by(folder)
+    output = said_by(folder)
     last = (folder / "last_checkpoint").read_text()
     assert "Traceback" not in output and said in output
     assert f"--resume goes on from {folder}/{last}" in output.splitlines()[-1]
@@ -138,28 +136,10 @@ def test_a_signal_to_the_whole_group_ends_a_run_in_good_order(tmp_path, number, 
 def test_sigterm_ends_several_processes_in_good_order(tmp_path, send):
     """The launcher passes it on; sent to all at once, it reaches the processes twice."""
     data, folder = tmp_path / "data", tmp_path / "run"
-    command = [sys.executable, str(ROOT / "train_net.py"), "--num-gpus", "2", "--config-file", TINY]
-    command += [*overrides(data, folder), "train.max_iter=100000", "train.grad_accumulation=1"]
-    with open(tmp_path / "output", "w+") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(ROOT / "projects"),
-                "CUDA_VISIBLE_DEVICES": "",
-            },
-        )
-        deadline = time.monotonic() + 200
-        while len(rows(folder)) < 5 and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        send(process.pid, signal.SIGTERM)
-        status = process.wait(timeout=100)
-        output.seek(0)
-        said = output.read()
+    options = ["train.max_iter=100000", "train.grad_accumulation=1", "--num-gpus", "2"]
+    process = training(folder, *overrides(data, folder), *options, CUDA_VISIBLE_DEVICES="")
+    send(process.pid, signal.SIGTERM)
+    status, said = process.wait(timeout=100), said_by(folder)
     assert status == 143 and "Traceback" not in said, said
     last = (folder / "last_checkpoint").read_text()
     assert torch.load(folder / last, weights_only=True)["iteration"] + 1 >= len(rows(folder))

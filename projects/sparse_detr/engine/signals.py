@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 import multiprocessing
 import os
 import signal
@@ -51,14 +50,14 @@ def sigterm_stops(trainer: Trainer) -> Iterator[None]:
         return
     before = signal.getsignal(signal.SIGTERM)
 
-    first = math.inf
+    first = 0.0
 
     def handle(number: int, frame: object) -> None:
         nonlocal first
-        if time.monotonic() - first > PATIENCE:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
         if trainer.stop_requested:
+            if time.monotonic() - first > PATIENCE:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                os.kill(os.getpid(), signal.SIGTERM)
             return
         first = time.monotonic()
         trainer.stop_requested = True
