@@ -7,7 +7,7 @@ from detectron2.config import LazyCall as L
 from detectron2.modeling.backbone import BasicStem, ResNet
 from torchvision.models import SwinTransformer, convnext_large
 
-from sparse_detr.modeling import StagedBackbone, build_swin
+from sparse_detr.modeling import StagedBackbone, build_resnet_d, build_swin
 
 # torchvision's ResNet: stride in the 3x3 convolution, frozen norms, stem and res2 not trained.
 resnet50 = dict(
@@ -34,6 +34,19 @@ resnet50_msra = dict(
     in_channels=[512, 1024, 2048],
 )
 msra_input = dict(pixel_mean=[103.53, 116.28, 123.675], pixel_std=[1.0, 1.0, 1.0], input_format="BGR")
+
+# ResNet-D with frozen norms and stem, and smaller ones of which all is trained, as RT-DETR trains them.
+resnet50_d = dict(
+    backbone=L(build_resnet_d)(depth=50, norm="FrozenBN", freeze_at=1),
+    in_features=["res3", "res4", "res5"],
+    in_channels=[512, 1024, 2048],
+)
+
+resnet18_d = dict(
+    backbone=L(build_resnet_d)(depth=18, norm="BN", freeze_at=0),
+    in_features=["res3", "res4", "res5"],
+    in_channels=[128, 256, 512],
+)
 
 swin_tiny = dict(
     backbone=L(build_swin)(

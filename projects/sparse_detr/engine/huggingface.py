@@ -1,8 +1,8 @@
-"""Names of Deformable DETR's weights in Hugging Face's ``transformers``, and in this project.
+"""Names of Deformable DETR's and RT-DETR's weights in Hugging Face's ``transformers``, and in this project.
 
-One table of names serves both directions. Three things are more than a name: the decoder's self-attention
-is stored as three projections, positions and contents of learned queries as one embedding, and heads that
-layers share are stored once, or under two names.
+One table of names serves both directions; RT-DETR, which has some more, is only read. Three things are more
+than a name: self-attention between tokens or queries is stored as three projections, positions and contents
+of learned queries as one embedding, and heads that layers share are stored once, or under two names.
 """
 
 from __future__ import annotations
@@ -50,6 +50,35 @@ _NAMES: list[tuple[str, str]] = [
     ("model.enc_output.", "transformer.proposal_head.projection."),
     ("model.enc_output_norm.", "transformer.proposal_head.norm."),
 ]
+# What RT-DETR has beside these; the names of its encoder are in the encoder's ``published_names``.
+_BACKBONE = "model.backbone.conv_encoder.model"
+_RT_DETR: list[tuple[str, str]] = [
+    *(
+        (f"{_BACKBONE}.{theirs}.{their_part}.", f"backbone.{ours}{our_part}.")
+        for theirs, ours in (
+            *((f"embedder.embedder.{n}", f"stem.conv{n + 1}") for n in range(3)),
+            *(
+                (f"encoder.stages.{stage}.layers.#.{name}", f"res{stage + 2}.#.{our_name}")
+                for stage in range(4)
+                for name, our_name in (
+                    *((f"layer.{n}", f"conv{n + 1}") for n in range(3)),
+                    ("shortcut", "shortcut"),
+                    ("shortcut.1", "shortcut.1"),
+                )
+            ),
+        )
+        for their_part, our_part in (("convolution", ""), ("normalization", ".norm"))
+    ),
+    ("model.encoder_input_proj.#.0.", "neck.convs.#."),
+    ("model.encoder_input_proj.#.1.", "neck.norms.#."),
+    ("model.enc_output.0.", "transformer.proposal_head.projection."),
+    ("model.enc_output.1.", "transformer.proposal_head.norm."),
+    ("model.enc_score_head.", "transformer.proposal_head.class_head."),
+    ("model.enc_bbox_head.", "transformer.proposal_head.box_head."),
+    ("model.weight_embedding.", "transformer.query_selection.content."),
+    ("model.decoder.query_pos_head.", "transformer.decoder.position_mlp."),
+    ("model.denoising_class_embed.", "transformer.denoising.label_embed."),
+]
 _QUERIES = "model.query_position_embeddings.weight"
 
 # Names in the memory of transformers 5 that are others in its files, which are still those of version 4.
@@ -57,6 +86,7 @@ _IN_MEMORY = [
     (r"^model\.backbone\.model\.", "model.backbone.conv_encoder.model."),
     (r"(\.layers\.\d+)\.mlp\.(fc[12])\.", r"\1.\2."),
     (r"(\.self_attn)\.o_proj\.", r"\1.out_proj."),
+    (r"^model\.encoder\.aifi\.", "model.encoder.encoder."),
 ]
 
 
@@ -71,11 +101,12 @@ def _renamed(key: str, names: list[tuple[str, str]]) -> str | None:
 
 
 def from_transformers(state_dict: Mapping[str, Tensor], model: SetDetector) -> dict[str, Tensor]:
-    """The weights of a ``DeformableDetrForObjectDetection`` under this project's names.
+    """The weights of a ``DeformableDetrForObjectDetection`` or ``RTDetrForObjectDetection`` under this
+    project's names.
 
     Heads (``class_embed.N``, ``bbox_embed.N``) and learned queries (``query_embed``) get the names that
     they have in the authors' files instead: ``engine.convert`` knows their places. Names that are not
-    known stay as they are.
+    known stay as they are, RT-DETR's encoder's too.
 
     Args:
         model: tells how many heads there are, where the file has one for all.
@@ -94,12 +125,12 @@ def from_transformers(state_dict: Mapping[str, Tensor], model: SetDetector) -> d
         named[key] = value
     _merge_projections(named)
     _repeat_heads(named, model)
-    return {_renamed(key, _NAMES) or key: value for key, value in named.items()}
+    return {_renamed(key, [*_NAMES, *_RT_DETR]) or key: value for key, value in named.items()}
 
 
 def _merge_projections(named: dict[str, Tensor]) -> None:
-    """The decoder's q, k and v of (C, C) to one projection of (3C, C), in place."""
-    for key in [k for k in named if re.search(r"\.decoder\..*\.self_attn\.q_proj\.", k)]:
+    """Self-attention's q, k and v of (C, C) to one projection of (3C, C), in place."""
+    for key in [k for k in named if re.search(r"\.self_attn\.q_proj\.", k)]:
         parts = [key.replace(".q_proj.", f".{name}_proj.") for name in "qkv"]
         if missing := [part for part in parts if part not in named]:
             raise UserError(f"the weights hold {key}, but not {missing[0]}")
@@ -109,7 +140,8 @@ def _merge_projections(named: dict[str, Tensor]) -> None:
 
 def _repeat_heads(named: dict[str, Tensor], model: SetDetector) -> None:
     """A head that is stored once is that of all layers, and of the proposals, in place."""
-    count = model.transformer.heads.num_layers + (model.transformer.proposal_head is not None)
+    of_proposals = model.transformer.proposal_head is not None and "model.enc_score_head.weight" not in named
+    count = model.transformer.heads.num_layers + of_proposals
     for kind in ("class", "bbox"):
         heads = [key for key in named if key.startswith(f"{kind}_embed.")]
         if {key.split(".")[1] for key in heads} == {"0"}:

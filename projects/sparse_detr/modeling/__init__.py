@@ -1,7 +1,7 @@
 """The detectors: bases, encoders and the parts they are composed of."""
 
 from .attention import MSDeformAttn
-from .backbone import StagedBackbone, build_dilated_resnet, build_swin
+from .backbone import StagedBackbone, build_dilated_resnet, build_resnet_d, build_swin
 from .cascade import CascadeEncoder, DualAttentionLayer
 from .criterion import Predictions, SetCriterion
 from .decoder import DecoderOutput, DeformableDecoder, DeformableDecoderLayer
@@ -16,6 +16,7 @@ from .layers import ChannelMapper, SinePosition, clone_layers
 from .matcher import HungarianMatcher, Target
 from .meta_arch import (
     DINO,
+    RTDETR,
     DeformableDETR,
     FocusDETR,
     LiteDETR,
@@ -56,6 +57,7 @@ __all__ = [
     "Predictions",
     "ProposalHead",
     "ProposalQueries",
+    "RTDETR",
     "SalienceDETR",
     "SetCriterion",
     "SetDetector",
@@ -69,6 +71,7 @@ __all__ = [
     "TokenScorer",
     "TokenSet",
     "build_dilated_resnet",
+    "build_resnet_d",
     "build_swin",
     "clone_layers",
     "keep_best",

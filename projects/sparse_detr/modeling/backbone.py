@@ -1,8 +1,8 @@
 """detectron2's ResNet and Swin as the published detectors use them.
 
 The plain ResNets need nothing from here (see ``configs/models``); what is added is the dilated last
-stage (DC5), a Swin Transformer that needs no ``timm``, torchvision's Swin and ConvNeXt, and frozen norms at
-no cost.
+stage (DC5), ResNet-D, a Swin Transformer that needs no ``timm``, torchvision's Swin and ConvNeXt, and
+frozen norms at no cost.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.layers import CNNBlockBase, Conv2d, FrozenBatchNorm2d, get_norm
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock, ResNet
 from detectron2.modeling.backbone.swin import SwinTransformer
+from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
@@ -163,3 +164,52 @@ def build_dilated_resnet(
     )
     stem = BasicStem(in_channels=3, out_channels=64, norm="FrozenBN")
     return ResNet(stem, stages, out_features=list(out_features), freeze_at=freeze_at)
+
+
+class DeepStem(CNNBlockBase):
+    """Three 3x3 convolutions, the first with stride 2, and a max pooling: ResNet-D's stem, stride 4."""
+
+    def __init__(self, *, in_channels: int = 3, out_channels: int = 64, norm: str = "FrozenBN"):
+        super().__init__(in_channels, out_channels, 4)
+        half = out_channels // 2
+        self.conv1 = _conv_norm_relu(in_channels, half, norm, stride=2)
+        self.conv2 = _conv_norm_relu(half, half, norm)
+        self.conv3 = _conv_norm_relu(half, out_channels, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv3(self.conv2(self.conv1(x)))
+        return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+
+
+def _conv_norm_relu(in_channels: int, channels: int, norm: str, stride: int = 1) -> Conv2d:
+    shape = in_channels, channels, 3, stride, 1
+    conv = Conv2d(*shape, bias=False, norm=get_norm(norm, channels), activation=F.relu_)
+    c2_msra_fill(conv)
+    return conv
+
+
+def build_resnet_d(
+    *,
+    depth: int = 50,
+    norm: str = "FrozenBN",
+    freeze_at: int = 0,
+    out_features: Sequence[str] = ("res3", "res4", "res5"),
+) -> ResNet:
+    """ResNet-D (He et al., "Bag of Tricks", CVPR 2019, Sec. 4.1), RT-DETR's and PaddlePaddle's "vd".
+
+    A deep stem, and shortcuts that average before a 1x1 convolution instead of striding; the first block
+    of every stage has such a convolution, also where its channels stay the same.
+
+    Args:
+        depth: 18, 34, 50 or 101.
+        freeze_at: see detectron2's ``ResNet``; 1 freezes the stem.
+    """
+    options = {"stride_in_1x1": False} if depth >= 50 else {}
+    stages = ResNet.make_default_stages(depth, norm=norm, **options)
+    for first, *_ in stages:
+        shape = first.in_channels, first.out_channels, 1
+        conv = Conv2d(*shape, bias=False, norm=get_norm(norm, first.out_channels))
+        c2_msra_fill(conv)
+        pool = nn.AvgPool2d(2, ceil_mode=True)
+        first.shortcut = conv if first.stride == 1 else nn.Sequential(pool, conv)
+    return ResNet(DeepStem(norm=norm), stages, out_features=list(out_features), freeze_at=freeze_at)

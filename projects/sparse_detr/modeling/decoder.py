@@ -100,6 +100,7 @@ class DeformableDecoder(nn.Module):
         norm: heads read LayerNorm(state); the refinement keeps reading the state itself (DINO).
         position_from_reference: code the query position from the current box in every layer by a
             two-layer MLP (DAB-DETR) instead of taking it from the queries.
+        sine_code: that MLP reads the box's sine code; False: its four numbers (RT-DETR).
         eps: see ``inverse_sigmoid``; 1e-5 in Deformable DETR, 1e-3 in DINO.
     """
 
@@ -113,6 +114,7 @@ class DeformableDecoder(nn.Module):
         look_forward_twice: bool = False,
         norm: bool = False,
         position_from_reference: bool = False,
+        sine_code: bool = True,
         eps: float = 1e-5,
     ):
         super().__init__()
@@ -124,8 +126,10 @@ class DeformableDecoder(nn.Module):
         self.eps = eps
         self.norm = nn.LayerNorm(embed_dim) if norm else None
         self.num_feats = embed_dim // 2
+        self.sine_code = sine_code
+        sizes = (2 * embed_dim, embed_dim) if sine_code else (4, 2 * embed_dim)
         self.position_mlp = (
-            MLP(input_dim=2 * embed_dim, hidden_dim=embed_dim, output_dim=embed_dim, num_layers=2)
+            MLP(input_dim=sizes[0], hidden_dim=sizes[1], output_dim=embed_dim, num_layers=2)
             if position_from_reference
             else None
         )
@@ -176,7 +180,9 @@ class DeformableDecoder(nn.Module):
         if self.position_mlp is None:
             assert queries.position is not None, "these queries need position_from_reference=True"
             return queries.position
-        code = box_code(reference, self.num_feats, order=(1, 0, 2, 3))  # (B, Q, 2 * C)
+        code = reference
+        if self.sine_code:
+            code = box_code(reference, self.num_feats, order=(1, 0, 2, 3))  # (B, Q, 2 * C)
         return self.position_mlp(code.to(x.dtype))
 
     def _offset(self, delta: Tensor, reference: Tensor) -> Tensor:

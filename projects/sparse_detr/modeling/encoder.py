@@ -144,13 +144,19 @@ class EncoderLayer(TransformerLayer):
     """The two halves of an encoder layer, ``attend`` and ``ffn``: a method's layer puts them together."""
 
     def __init__(
-        self, *, attention: nn.Module, embed_dim: int = 256, ffn_dim: int = 1024, dropout: float = 0.1
+        self,
+        *,
+        attention: nn.Module,
+        embed_dim: int = 256,
+        ffn_dim: int = 1024,
+        dropout: float = 0.1,
+        activation: str = "relu",
     ):
         super().__init__()
         self.attention = attention
         self.norm = nn.LayerNorm(embed_dim)
         self.dropout = nn.Dropout(dropout)
-        self.ffn = FFN(embed_dim=embed_dim, ffn_dim=ffn_dim, dropout=dropout)
+        self.ffn = FFN(embed_dim=embed_dim, ffn_dim=ffn_dim, dropout=dropout, activation=activation)
 
     def attend(
         self,

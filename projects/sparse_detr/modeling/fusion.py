@@ -1,9 +1,10 @@
 """Convolutions between the levels of the encoder's memory: top-down, then bottom-up.
 
-Salience DETR (Hou et al., CVPR 2024), "RepVGGPluX" neck: a path aggregation network (Liu et al., CVPR
-2018) of cross-stage partial layers (CSPNet, Wang et al., 2020) whose blocks are RepVGG's (Ding et al.,
-CVPR 2021) with a residual and a global context (GCNet, Cao et al., 2019). It lets tokens that an
-encoder did not refresh learn from those that it did; any model may have it.
+A path aggregation network (Liu et al., CVPR 2018) of cross-stage partial layers (CSPNet, Wang et al.,
+2020) whose blocks are RepVGG's (Ding et al., CVPR 2021): the cross-scale fusion of RT-DETR (Zhao et al.,
+CVPR 2024, Sec. 4.2). Salience DETR's neck "RepVGGPluX" (Hou et al., CVPR 2024) gives the blocks a residual
+and a global context (GCNet, Cao et al., 2019). It lets tokens that an encoder did not refresh learn from
+those that it did; any model may have it.
 
 In evaluation every norm is folded into its convolution, and the two branches of a block into one: the
 same function (RepVGG, Sec. 3.3; the published code computes both branches). Names of parts are those of
@@ -80,13 +81,13 @@ class GlobalContext(nn.Module):
 
 
 class FusionBlock(nn.Module):
-    """x + context(SiLU(3x3 branch + 1x1 branch)), both branches grouped."""
+    """x + context(SiLU(3x3 branch + 1x1 branch)), both branches grouped; without ``context``, SiLU(...)."""
 
-    def __init__(self, channels: int, groups: int, norm: str):
+    def __init__(self, channels: int, groups: int, norm: str, context: bool = True):
         super().__init__()
         self.conv1 = ConvNorm(channels, channels, 3, groups=groups, norm=norm)
         self.conv2 = ConvNorm(channels, channels, 1, groups=groups, norm=norm)
-        self.se_module = GlobalContext(channels)
+        self.se_module = GlobalContext(channels) if context else None
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the one 3x3 convolution that does what both branches do."""
@@ -100,23 +101,29 @@ class FusionBlock(nn.Module):
         else:
             weight, bias = self.folded()
             mixed = F.conv2d(x, weight, bias, padding=1, groups=self.conv1.conv.groups)
-        return self.se_module(F.silu(mixed), mask) + x
+        mixed = F.silu(mixed)
+        return mixed if self.se_module is None else self.se_module(mixed, mask) + x
 
 
 class FusionLayer(nn.Module):
-    """(B, 2C, H, W) -> (B, C, H, W): half through three blocks, half past them (cross-stage partial)."""
+    """(B, 2C, H, W) -> (B, C, H, W): half through three blocks, half past them (cross-stage partial).
 
-    def __init__(self, channels: int, groups: int, norm: str):
+    ``hidden`` channels inside; where they are not C, a last convolution leads back.
+    """
+
+    def __init__(self, channels: int, hidden: int, groups: int, norm: str, context: bool):
         super().__init__()
-        self.conv1 = ConvNorm(2 * channels, channels, 1, norm=norm)
-        self.conv2 = ConvNorm(2 * channels, channels, 1, norm=norm)
-        self.bottlenecks = ModuleList(FusionBlock(channels, groups, norm) for _ in range(3))
+        self.conv1 = ConvNorm(2 * channels, hidden, 1, norm=norm)
+        self.conv2 = ConvNorm(2 * channels, hidden, 1, norm=norm)
+        self.bottlenecks = ModuleList(FusionBlock(hidden, groups, norm, context) for _ in range(3))
+        self.conv3 = ConvNorm(hidden, channels, 1, norm=norm) if hidden != channels else None
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         through = F.silu(self.conv1(x))
         for block in self.bottlenecks:
             through = block(through, mask)
-        return through + F.silu(self.conv2(x))
+        fused = through + F.silu(self.conv2(x))
+        return fused if self.conv3 is None else F.silu(self.conv3(fused))
 
 
 class FusionNeck(nn.Module):
@@ -124,6 +131,9 @@ class FusionNeck(nn.Module):
 
     Args:
         groups: of the blocks' convolutions.
+        context: blocks with a residual and a global context (Salience DETR), or plain ones (RT-DETR).
+        expansion: channels inside a layer, as a share of ``embed_dim``.
+        project: a last 1x1 convolution with norm for each level.
         norm: detectron2's name of the batch norm; "SyncBN" takes the statistics over all GPUs.
         mask_padding: padded cells are zero wherever a convolution reads them, and no part of a context:
             an image's result in evaluation does not depend on its batch. False convolves over whatever
@@ -136,18 +146,25 @@ class FusionNeck(nn.Module):
         embed_dim: int = 256,
         num_levels: int = 4,
         groups: int = 4,
+        context: bool = True,
+        expansion: float = 1.0,
+        project: bool = False,
         norm: str = "BN",
         mask_padding: bool = False,
     ):
         super().__init__()
         self.mask_padding = mask_padding
         steps = range(num_levels - 1)  # i: between the levels i and i + 1
+        layer = embed_dim, int(embed_dim * expansion), groups, norm, context
         self.lateral_convs = ModuleList(ConvNorm(embed_dim, embed_dim, 1, norm=norm) for _ in steps)
-        self.layer_blocks = ModuleList(FusionLayer(embed_dim, groups, norm) for _ in steps)
+        self.layer_blocks = ModuleList(FusionLayer(*layer) for _ in steps)
         self.downsample_blocks = ModuleList(
             ConvNorm(embed_dim, embed_dim, 3, stride=2, norm=norm) for _ in steps
         )
-        self.pan_blocks = ModuleList(FusionLayer(embed_dim, groups, norm) for _ in steps)
+        self.pan_blocks = ModuleList(FusionLayer(*layer) for _ in steps)
+        self.output_convs = ModuleList(
+            ConvNorm(embed_dim, embed_dim, 1, norm=norm) for _ in range(num_levels if project else 0)
+        )
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -181,6 +198,8 @@ class FusionNeck(nn.Module):
         for i in steps:
             down = F.silu(self.downsample_blocks[i](without_padding(maps[i], masks[i])))
             maps[i + 1] = self.pan_blocks[i](torch.cat([down, maps[i + 1]], dim=1), masks[i + 1])
+        for i, conv in enumerate(self.output_convs):
+            maps[i] = conv(maps[i])
         return maps
 
 

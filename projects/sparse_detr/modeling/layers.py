@@ -50,14 +50,14 @@ def tensor_like(values: float | Sequence, like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
-def sine_code(x: Tensor, num_feats: int, temperature: float) -> Tensor:
-    """Sines and cosines of an angle at ``num_feats / 2`` frequencies, interleaved.
+def sine_code(x: Tensor, num_feats: int, temperature: float, interleaved: bool = True) -> Tensor:
+    """Sines and cosines of an angle at ``num_feats / 2`` frequencies, interleaved or all sines first.
 
     Attention Is All You Need, Sec. 3.5. (...,) angles in radians -> (..., num_feats).
     """
     index = torch.arange(0, num_feats, 2, dtype=x.dtype, device=x.device)
     angle = x[..., None] / temperature ** (index / num_feats)  # (..., num_feats / 2)
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1 if interleaved else -2).flatten(-2)
 
 
 def box_code(boxes: Tensor, num_feats: int, order: Sequence[int] = (0, 1, 2, 3)) -> Tensor:
@@ -79,15 +79,29 @@ class SinePosition(nn.Module):
     Rows are counted from 1, ``y <- (y + offset) / (height + 1e-6) * 2 pi`` with the image's height in
     cells; columns likewise. Deformable DETR and DINO's 12-epoch recipe use temperature 10000 and offset -0.5;
     the official DINO uses 20 and 0.
+
+    Args:
+        normalize: False codes ``y + offset`` itself, in cells: RT-DETR, with offset -1.
+        interleaved: see ``sine_code``; False in RT-DETR.
     """
 
-    def __init__(self, *, embed_dim: int, temperature: float = 10000.0, offset: float = -0.5):
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        temperature: float = 10000.0,
+        offset: float = -0.5,
+        normalize: bool = True,
+        interleaved: bool = True,
+    ):
         super().__init__()
         if embed_dim % 4:
             raise ValueError(f"SinePosition: embed_dim={embed_dim} must be a multiple of 4")
         self.num_feats = embed_dim // 2
         self.temperature = temperature
         self.offset = offset
+        self.normalize = normalize
+        self.interleaved = interleaved
 
     def forward(self, mask: Tensor, extent: Tensor) -> Tensor:
         """(B, H, W) bool, True on padding -> (B, H * W, embed_dim): y code, then x code.
@@ -105,8 +119,10 @@ class SinePosition(nn.Module):
 
     def _code(self, mask: Tensor, length: Tensor) -> Tensor:
         count = (~mask).cumsum(1).to(length.dtype)  # (B, n)
-        angle = (count + self.offset) / (length + 1e-6) * (2 * math.pi)
-        return sine_code(angle, self.num_feats, self.temperature)
+        angle = count + self.offset
+        if self.normalize:
+            angle = angle / (length + 1e-6) * (2 * math.pi)
+        return sine_code(angle, self.num_feats, self.temperature, self.interleaved)
 
     def extra_repr(self) -> str:
         return f"num_feats={self.num_feats}, temperature={self.temperature}, offset={self.offset}"
@@ -147,29 +163,35 @@ class MLP(nn.Module):
 
 
 class FFN(nn.Module):
-    """LayerNorm(x + W2 relu(W1 x)): the post-norm feed-forward block of a transformer layer."""
+    """LayerNorm(x + W2 relu(W1 x)): the post-norm feed-forward block of a transformer layer.
 
-    def __init__(self, *, embed_dim: int, ffn_dim: int, dropout: float = 0.0):
+    ``activation``: "relu", or "gelu".
+    """
+
+    def __init__(self, *, embed_dim: int, ffn_dim: int, dropout: float = 0.0, activation: str = "relu"):
         super().__init__()
         self.linear1 = nn.Linear(embed_dim, ffn_dim)
         self.linear2 = nn.Linear(ffn_dim, embed_dim)
         self.norm = nn.LayerNorm(embed_dim)
         self.dropout = nn.Dropout(dropout)
+        self.activation = {"relu": nn.ReLU(inplace=True), "gelu": nn.GELU()}[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))
+        hidden = self.dropout(self.activation(self.linear1(x)))
         return self.norm(x + self.dropout(self.linear2(hidden)))
 
 
 class ChannelMapper(nn.Module):
-    """Backbone maps to ``num_levels`` maps of ``embed_dim`` channels, each with a GroupNorm.
+    """Backbone maps to ``num_levels`` maps of ``embed_dim`` channels, each with a norm.
 
     Deformable DETR, App. A.4 (Fig. 4): 1x1 convolutions on the backbone maps; the first extra
     level is a 3x3 stride-2 convolution of the *last backbone map*, further ones of the extra level
     before.
 
     Args:
+        num_groups: of the GroupNorm.
         bias: of the convolutions.
+        norm: "GN", or RT-DETR's "BN"; "SyncBN" takes the statistics over all GPUs.
     """
 
     def __init__(
@@ -180,6 +202,7 @@ class ChannelMapper(nn.Module):
         num_levels: int,
         num_groups: int = 32,
         bias: bool = True,
+        norm: str = "GN",
     ):
         super().__init__()
         if num_levels < len(in_channels):
@@ -194,7 +217,12 @@ class ChannelMapper(nn.Module):
             channels = embed_dim
         self.num_inputs = len(in_channels)
         self.convs = ModuleList(convs)
-        self.norms = ModuleList(nn.GroupNorm(num_groups, embed_dim) for _ in convs)
+        norms = {
+            "GN": lambda: nn.GroupNorm(num_groups, embed_dim),
+            "BN": lambda: nn.BatchNorm2d(embed_dim),
+            "SyncBN": lambda: nn.SyncBatchNorm(embed_dim),
+        }
+        self.norms = ModuleList(norms[norm]() for _ in convs)
         for conv in self.convs:
             nn.init.xavier_uniform_(conv.weight)
             if conv.bias is not None:

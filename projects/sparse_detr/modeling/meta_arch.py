@@ -400,6 +400,12 @@ class SalienceDETR(DINO):
     default_config = "salience_detr/salience_detr_r50_4scale_12ep"
 
 
+class RTDETR(DINO):
+    """RT-DETR (Zhao et al., CVPR 2024)."""
+
+    default_config = "rt_detr/rt_detr_r50_72ep"
+
+
 def _register(*detectors: type[SetDetector]) -> None:
     """Makes the detectors known to detectron2; once more, after a reload, without effect.
 
@@ -424,4 +430,4 @@ def _register(*detectors: type[SetDetector]) -> None:
 
 
 # SetDetector: for configs that have no name here (``MODEL.SPARSE_DETR.CONFIG``).
-_register(SetDetector, DeformableDETR, DINO, SparseDETR, FocusDETR, LiteDETR, SalienceDETR)
+_register(SetDetector, DeformableDETR, DINO, SparseDETR, FocusDETR, LiteDETR, SalienceDETR, RTDETR)

@@ -55,6 +55,7 @@ class DetectionTransformer(nn.Module):
         denoising: makes denoising queries in training (DINO), or None.
         fusion: exchanges what the encoder's levels hold by convolutions, before proposals and decoder
             read it, or None.
+        level_embed: add a learned vector of its level to a token's position code.
         activation_checkpointing: encoder and decoder layers keep their inputs only and are
             computed again in the backward pass: less memory, about a third more time.
     """
@@ -73,6 +74,7 @@ class DetectionTransformer(nn.Module):
         position: SinePosition,
         denoising: nn.Module | None = None,
         fusion: FusionNeck | None = None,
+        level_embed: bool = True,
         activation_checkpointing: bool = False,
         embed_dim: int = 256,
         num_levels: int = 4,
@@ -91,7 +93,7 @@ class DetectionTransformer(nn.Module):
                     "set model.transformer.share_proposal_heads=True and heads.share=True"
                 )
         self.position = position
-        self.level_embed = nn.Parameter(torch.empty(num_levels, embed_dim))
+        self.level_embed = nn.Parameter(torch.empty(num_levels, embed_dim)) if level_embed else None
         self.encoder = encoder
         self.query_selection = query_selection
         self.proposal_head = proposal_head
@@ -117,7 +119,8 @@ class DetectionTransformer(nn.Module):
             for parameter in part.parameters() if part is not None else ():
                 if parameter.dim() > 1:
                     nn.init.xavier_uniform_(parameter)
-        nn.init.normal_(self.level_embed)
+        if self.level_embed is not None:
+            nn.init.normal_(self.level_embed)
         for module in reversed(list(self.modules())):  # parts first: their owner has the last word
             init_weights = getattr(module, "init_weights", None)
             if module is not self and init_weights is not None:
@@ -189,9 +192,11 @@ class DetectionTransformer(nn.Module):
         exact = extents is not None
         extents = (valid_sizes(masks) if extents is None else extents).to(features.device, dtype)
         codes = [self.position(m, extent) for m, extent in zip(masks, extents.unbind(1))]
+        if self.level_embed is not None:
+            codes = [code + e for code, e in zip(codes, self.level_embed)]
         return Tokens(
             features=features,
-            position=torch.cat([code + e for code, e in zip(codes, self.level_embed)], dim=1),
+            position=torch.cat(codes, dim=1),
             mask=flatten_levels(masks),
             shapes=tuple((m.shape[-2], m.shape[-1]) for m in maps),
             extents=extents,

@@ -1,0 +1,128 @@
+"""RT-DETR's efficient hybrid encoder: attention within the coarsest map, convolutions across maps.
+
+RT-DETR (Zhao et al., "DETRs Beat YOLOs on Real-time Object Detection", CVPR 2024), Sec. 4.2: only the
+coarsest map, whose tokens are few and mean most, is refreshed by self-attention (attention-based
+intra-scale feature interaction, AIFI); a pyramid of convolutions, top-down and bottom-up, does the rest
+(CNN-based cross-scale feature fusion, CCFF; "CCFM" in the first version). That pyramid is ``FusionNeck``,
+which any model may have; here it is a part of the encoder. There is no deformable attention inside.
+"""
+
+from __future__ import annotations
+
+__all__ = ["HybridEncoder", "IntraScaleLayer"]
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from ..encoder import Encoder, EncoderLayer, EncoderOutput, Steps
+from ..layers import clone_layers
+from ..selection import ChosenTokens, TokenRange
+from ..tokens import Tokens
+
+if TYPE_CHECKING:
+    from ..fusion import FusionNeck
+    from ..proposals import ProposalHead
+
+
+class IntraScaleLayer(EncoderLayer):
+    """LayerNorm(x + self-attention), then LayerNorm(x + FFN) with GELU."""
+
+    def __init__(
+        self, *, embed_dim: int = 256, num_heads: int = 8, ffn_dim: int = 1024, dropout: float = 0.0
+    ):
+        attention = nn.MultiheadAttention(embed_dim, num_heads, dropout=dropout, batch_first=True)
+        super().__init__(
+            attention=attention, embed_dim=embed_dim, ffn_dim=ffn_dim, dropout=dropout, activation="gelu"
+        )
+
+    def init_weights(self) -> None:
+        nn.init.zeros_(self.attention.in_proj_bias)
+        nn.init.zeros_(self.attention.out_proj.bias)
+
+    def forward(self, x: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
+        """Refresh the tokens ``x`` of a map, which attend to each other.
+
+        Args:
+            x, position: (B, K, C) tokens and their position codes.
+            mask: (B, K) bool, True on tokens that nothing attends to, or None.
+
+        Returns:
+            (B, K, C).
+        """
+        query = x + position
+        mixed, _ = self.attention(query, query, x, key_padding_mask=mask, need_weights=False)
+        return self.ffn(self.norm(x + self.dropout(mixed)))
+
+
+class HybridEncoder(Encoder):
+    """Self-attention refreshes the tokens of the coarsest level, then all levels exchange what they hold.
+
+    Position codes are the base's (``model.transformer.position`` and its level embedding); RT-DETR's own
+    are in ``configs/models/rt_detr``.
+
+    Args:
+        fusion: the pyramid; its output is the memory.
+        mask_padding: nothing attends to padding. False attends to whatever it holds, as published, where
+            images are resized to one square and never padded. The pyramid has an option of that name, too.
+    """
+
+    def __init__(
+        self,
+        *,
+        layer: IntraScaleLayer,
+        num_layers: int = 1,
+        fusion: FusionNeck,
+        mask_padding: bool = False,
+    ):
+        super().__init__()
+        self.layers = clone_layers(layer, num_layers)
+        self.fusion = fusion
+        self.mask_padding = mask_padding
+        self.published_names = {"transformers": _published_names(len(fusion.lateral_convs))}
+
+    def steps(self, tokens: Tokens, proposal_head: ProposalHead | None, encoded: EncoderOutput) -> Steps:
+        coarsest = TokenRange(tokens, tokens.level_starts[-1])
+        return [(layer, coarsest) for layer in self.layers]
+
+    def refresh(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        value: Tensor,
+        chosen: ChosenTokens,
+        tokens: Tokens,
+        proposal_head: ProposalHead | None,
+        encoded: EncoderOutput,
+    ) -> Tensor:
+        mask = chosen.gather(tokens.mask) if self.mask_padding and tokens.has_padding else None
+        return layer(x, chosen.position, mask)
+
+    def forward(self, tokens: Tokens, proposal_head: ProposalHead | None = None) -> EncoderOutput:
+        encoded = super().forward(tokens, proposal_head)
+        encoded.memory = self.fusion(encoded.memory, tokens)
+        return encoded
+
+
+def _published_names(num_steps: int) -> list[tuple[str, str]]:
+    """transformers' names of the parts; it counts the ``num_steps`` of the top-down path from the top."""
+    layer = r"^model\.encoder\.encoder\.0\.layers\.(\d+)"
+    names = [
+        (rf"{layer}\.self_attn\.", r"layers.\1.attention."),
+        (rf"{layer}\.self_attn_layer_norm\.", r"layers.\1.norm."),
+        (rf"{layer}\.fc([12])\.", r"layers.\1.ffn.linear\2."),
+        (rf"{layer}\.final_layer_norm\.", r"layers.\1.ffn.norm."),
+        (r"^model\.decoder_input_proj\.", "fusion.output_convs."),
+    ]
+    for theirs, ours, from_top in (
+        ("lateral_convs", "lateral_convs", True),
+        ("fpn_blocks", "layer_blocks", True),
+        ("downsample_convs", "downsample_blocks", False),
+        ("pan_blocks", "pan_blocks", False),
+    ):
+        for step in range(num_steps):
+            place = num_steps - 1 - step if from_top else step
+            for slot, part in enumerate(("conv", "norm")):
+                name = rf"^model\.encoder\.{theirs}\.{step}\.(.*){part}\."
+                names.append((name, rf"fusion.{ours}.{place}.\g<1>{slot}."))
+    return names
