@@ -28,6 +28,7 @@ CONFIGS = {
     "dino": "dino/dino_r50_4scale_12ep",
     "deformable": "deformable_detr/deformable_detr_r50_50ep",
     "salience": "salience_detr/salience_detr_r50_4scale_12ep",
+    "rt_detr": "rt_detr/rt_detr_r50_72ep",
 }
 TRACED, OTHERS = (96, 160), ((160, 128), (101, 203))
 

@@ -22,8 +22,10 @@ from sparse_detr.analysis import COUNTED, analyze
 
 
 def test_size(cfg: DictConfig) -> tuple[int, int]:
-    """Height and width of an image of 4:3 in the config's evaluation."""
+    """Height and width of an image of 4:3 in the config's evaluation, or of the square that it becomes."""
     resize = OmegaConf.select(cfg, "dataloader.test.mapper.augmentations") or {}
+    if side := resize.get("size"):
+        return side, side
     short = resize.get("short_edge") or 800
     return short, min(short * 4 // 3, resize.get("max_size") or 1333)
 

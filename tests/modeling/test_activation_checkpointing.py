@@ -16,6 +16,7 @@ CONFIGS = (
     "focus_detr/focus_detr_r50_4scale_12ep",
     "salience_detr/salience_detr_r50_4scale_12ep",
     "lite_detr/lite_dino_r50_h3l1_2p1x3_36ep",
+    "rt_detr/hybrid_dino_r50_4scale_12ep",
 )
 
 

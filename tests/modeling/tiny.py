@@ -52,8 +52,9 @@ def shrink(model: DictConfig, num_classes: int = 3) -> DictConfig:
     ):
         layer.ffn_dim = 48
         layer.dropout = 0.0
-        layer[attention].num_heads = 4
-        layer[attention].num_points = 2
+        if attention in layer:
+            layer[attention].num_heads = 4
+            layer[attention].num_points = 2
     transformer.decoder.layer.num_heads = 4
     return model
 

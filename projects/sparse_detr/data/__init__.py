@@ -5,7 +5,13 @@ from .coco import load_coco
 from .evaluation import FastCOCOEvaluator
 from .image import ImageError, read_image
 from .loader import build_train_loader
-from .mapper import DetrDatasetMapper, test_augmentations, train_augmentations
+from .mapper import (
+    DetrDatasetMapper,
+    square_test_augmentations,
+    square_train_augmentations,
+    test_augmentations,
+    train_augmentations,
+)
 from .register import (
     check_classes,
     check_datasets,
@@ -32,6 +38,8 @@ __all__ = [
     "register_coco",
     "registered_dataset",
     "shapes_dataset",
+    "square_test_augmentations",
+    "square_train_augmentations",
     "test_augmentations",
     "train_augmentations",
 ]

@@ -73,6 +73,38 @@ def test_augmentations(*, short_edge: int = 800, max_size: int = 1333) -> list[T
     return [T.ResizeShortestEdge(short_edge, max_size)]
 
 
+def square_train_augmentations(
+    *,
+    size: int = 640,
+    color_prob: float = 0.5,
+    zoom_out_prob: float = 0.5,
+    crop_prob: float = 0.8,
+    flip_prob: float = 0.5,
+) -> list[T.Augmentation]:
+    """RT-DETR's, as far as detectron2 has it: every image becomes a square, so that none is padded.
+
+    Colours, a smaller picture on black, a crop, a flip and the resize. The authors' crop keeps a drawn
+    share of some object, and their sizes change from batch to batch (480 to 800).
+
+    Args:
+        size: of the square, in pixels.
+        color_prob, zoom_out_prob, crop_prob, flip_prob: probabilities of the steps.
+    """
+    colors = [T.RandomBrightness(0.875, 1.125), T.RandomContrast(0.5, 1.5), T.RandomSaturation(0.5, 1.5)]
+    return [
+        T.RandomApply(T.AugmentationList(colors), color_prob),
+        T.RandomApply(T.RandomExtent(scale_range=(1, 4), shift_range=(0, 0)), zoom_out_prob),
+        T.RandomApply(T.RandomCrop("relative_range", (0.3, 0.3)), crop_prob),
+        T.RandomFlip(flip_prob),
+        T.Resize((size, size)),
+    ]
+
+
+def square_test_augmentations(*, size: int = 640) -> list[T.Augmentation]:
+    """Resizes images to squares of ``size`` pixels, whatever their shape."""
+    return [T.Resize((size, size))]
+
+
 class DetrDatasetMapper(DatasetMapper):
     """``DatasetMapper`` for boxes alone: every training image has ``instances``, be they none.
 

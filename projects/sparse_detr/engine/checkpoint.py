@@ -202,6 +202,8 @@ class Checkpointer(DetectionCheckpointer):
         elif self._weights_alone and (average := checkpoint.pop("ema_state", None)):  # detrex's
             self.logger.info("taking the moving average of the weights")
             checkpoint["model"] = {**checkpoint["model"], **average}
+        elif self._weights_alone and "ema" in checkpoint["model"]:  # RT-DETR's authors publish nothing else
+            checkpoint["model"] = checkpoint["model"]["ema"]["module"]
         if not checkpoint.get("matching_heuristics"):  # detectron2's, of names by their ends
             weights, origin = self.fitted(checkpoint["model"], checkpoint.get("class_names"))
             checkpoint.update(model=weights, __author__=origin)

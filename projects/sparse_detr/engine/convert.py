@@ -126,8 +126,43 @@ _XIUQHOU: list[Rule] = [
     *_PARTS,
 ]
 
+# PaddlePaddle's ResNet-D, as lyuwenyu/RT-DETR names it.
+_RESNET_D: list[Rule] = [
+    (r"^backbone\.conv1\.conv1_(\d)\.", r"backbone.stem.conv\1."),
+    *((rf"^backbone\.res_layers\.{n}\.blocks\.", f"backbone.res{n + 2}.") for n in range(4)),
+    *((rf"^(backbone\.res\d\.\d+)\.branch2{x}\.", rf"\1.conv{n}.") for n, x in enumerate("abc", start=1)),
+    (r"^(backbone\.res\d\.\d+)\.short\.conv\.(conv|norm)\.", r"\1.shortcut.1.\2."),
+    (r"^(backbone\.res\d\.\d+)\.short\.", r"\1.shortcut."),
+    (r"^(backbone\..+)\.conv\.", r"\1."),
+]
+
+# lyuwenyu/RT-DETR.
+_LYUWENYU: list[Rule] = [
+    *_RESNET_D,
+    (r"^encoder\.input_proj\.(\d+)\.0\.", r"neck.convs.\1."),
+    (r"^encoder\.input_proj\.(\d+)\.1\.", r"neck.norms.\1."),
+    (r"^decoder\.decoder\.(layers\.\d+\.)norm1\.", r"transformer.decoder.\1self_norm."),
+    (r"^decoder\.decoder\.(layers\.\d+\.)norm2\.", r"transformer.decoder.\1cross_norm."),
+    (r"^decoder\.decoder\.", "transformer.decoder."),
+    (r"^decoder\.enc_output\.0\.", "transformer.proposal_head.projection."),
+    (r"^decoder\.enc_output\.1\.", "transformer.proposal_head.norm."),
+    (r"^decoder\.enc_score_head\.", "transformer.proposal_head.class_head."),
+    (r"^decoder\.enc_bbox_head\.", "transformer.proposal_head.box_head."),
+    (r"^decoder\.dec_score_head\.", "transformer.heads.class_heads."),
+    (r"^decoder\.dec_bbox_head\.", "transformer.heads.box_heads."),
+    (r"^decoder\.query_pos_head\.", "transformer.decoder.position_mlp."),
+    (r"^decoder\.denoising_class_embed\.", "transformer.denoising.label_embed."),
+    *_PARTS,
+]
+
 # transformers' names are in ``huggingface``.
-_RULES = {"authors": _AUTHORS, "detrex": _DETREX, "xiuqhou": _XIUQHOU, "transformers": []}
+_RULES = {
+    "authors": _AUTHORS,
+    "detrex": _DETREX,
+    "xiuqhou": _XIUQHOU,
+    "lyuwenyu": _LYUWENYU,
+    "transformers": [],
+}
 
 
 # Class names and frequencies of the position code, which xiuqhou's models keep among their weights.
@@ -148,6 +183,7 @@ FAMILIES = {
     "dino": Family(r"transformer\.enc_out_class_embed\.", "authors"),
     "deformable": Family(r"transformer\.encoder\.layers\.\d+\.self_attn\.", "authors"),
     "detrex": Family(r"transformer\.encoder\.layers\.\d+\.attentions\.", "detrex"),
+    "rt_detr": Family(r"encoder\.fpn_blocks\.", "lyuwenyu"),
     "transformers": Family(r"model\.decoder\.layers\.\d+\.encoder_attn\.sampling_offsets\.", "transformers"),
 }
 
@@ -263,6 +299,15 @@ def rename_torchvision(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state_dict.items():
         if re.match(r"(conv1|bn1|layer\d)\.", key) and not key.endswith("num_batches_tracked"):
             out[_apply(_RESNET, f"backbone.0.body.{key}")] = value
+    return out
+
+
+def rename_resnet_d(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A ResNet-D as RT-DETR's authors publish it under the names of this project's ``backbone``."""
+    out = {}
+    for key, value in state_dict.items():
+        if re.match(r"(conv1\.conv1_|res_layers\.)\d\.", key) and not key.endswith("num_batches_tracked"):
+            out[_apply(_RESNET_D, f"backbone.{key}")] = value
     return out
 
 

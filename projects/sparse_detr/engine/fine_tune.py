@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..modeling.denoising import ContrastiveDenoising
 from ..modeling.heads import ClassHead
 from ..modeling.proposals import ProposalHead
-from .convert import rename_swin, rename_torchvision
+from .convert import rename_resnet_d, rename_swin, rename_torchvision
 
 
 def class_tensors(model: nn.Module) -> dict[str, bool]:
@@ -138,12 +138,13 @@ def backbone_names(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str,
     """``weights`` of a backbone alone, under the model's names; None if they are no such thing.
 
     Knows the names of this model's backbone without their prefix (detectron2's; Swin as its
-    authors publish it, also for torchvision's Swin) and torchvision's ResNet (also timm's).
+    authors publish it, also for torchvision's Swin), torchvision's ResNet (also timm's) and ResNet-D.
     """
     expected = model.state_dict().keys()
     for named in (
         {f"backbone.{name}": value for name, value in weights.items()},
         rename_torchvision(weights),
+        rename_resnet_d(weights),
         rename_swin(weights),
     ):
         if len(named.keys() & expected) > len(weights.keys() & expected):

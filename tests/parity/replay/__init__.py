@@ -19,7 +19,7 @@ def replay(case: Case) -> None:
 
 def find_replay(case: Case):
     """The function that replays ``case``, from its system and what its configuration holds."""
-    from . import deformable, dino, lite, ops, salience
+    from . import deformable, dino, lite, ops, rt_detr, salience
 
     system, config = str(case.meta.get("system")), case.meta.get("config", {})
     if system in ("deformable_detr", "sparse_detr", "h_deformable_detr"):
@@ -42,7 +42,9 @@ def find_replay(case: Case):
         if "layouts" in case.meta:
             return salience.run_neighbours if "iou_threshold" in config else salience.run_labels
         return salience.run_neck if "spatial_shapes" in config else salience.run
+    if system == "rt_detr":
+        return rt_detr.run
     raise ValueError(
         f"system {system!r} is not replayed here; known: deformable_detr, sparse_detr, h_deformable_detr, "
-        "dino, focus_detr, lite_detr, salience_detr"
+        "dino, focus_detr, lite_detr, salience_detr, rt_detr"
     )

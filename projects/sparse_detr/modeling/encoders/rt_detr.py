@@ -79,7 +79,8 @@ class HybridEncoder(Encoder):
         self.layers = clone_layers(layer, num_layers)
         self.fusion = fusion
         self.mask_padding = mask_padding
-        self.published_names = {"transformers": _published_names(len(fusion.lateral_convs))}
+        names = _published_names(len(fusion.lateral_convs))
+        self.published_names = {"transformers": names, "lyuwenyu": names}
 
     def steps(self, tokens: Tokens, proposal_head: ProposalHead | None, encoded: EncoderOutput) -> Steps:
         coarsest = TokenRange(tokens, tokens.level_starts[-1])
@@ -105,14 +106,15 @@ class HybridEncoder(Encoder):
 
 
 def _published_names(num_steps: int) -> list[tuple[str, str]]:
-    """transformers' names of the parts; it counts the ``num_steps`` of the top-down path from the top."""
-    layer = r"^model\.encoder\.encoder\.0\.layers\.(\d+)"
+    """Both publishers' names of the parts; they count the ``num_steps`` of the top-down path from the top."""
+    layer = r"^(?:model\.)?encoder\.encoder\.0\.layers\.(\d+)"
     names = [
         (rf"{layer}\.self_attn\.", r"layers.\1.attention."),
-        (rf"{layer}\.self_attn_layer_norm\.", r"layers.\1.norm."),
-        (rf"{layer}\.fc([12])\.", r"layers.\1.ffn.linear\2."),
-        (rf"{layer}\.final_layer_norm\.", r"layers.\1.ffn.norm."),
-        (r"^model\.decoder_input_proj\.", "fusion.output_convs."),
+        (rf"{layer}\.(?:self_attn_layer_norm|norm1)\.", r"layers.\1.norm."),
+        (rf"{layer}\.(?:fc|linear)([12])\.", r"layers.\1.ffn.linear\2."),
+        (rf"{layer}\.(?:final_layer_norm|norm2)\.", r"layers.\1.ffn.norm."),
+        (r"^(?:model\.decoder_|decoder\.)input_proj\.(\d+)\.(?:0|conv)\.", r"fusion.output_convs.\1.0."),
+        (r"^(?:model\.decoder_|decoder\.)input_proj\.(\d+)\.(?:1|norm)\.", r"fusion.output_convs.\1.1."),
     ]
     for theirs, ours, from_top in (
         ("lateral_convs", "lateral_convs", True),
@@ -123,6 +125,6 @@ def _published_names(num_steps: int) -> list[tuple[str, str]]:
         for step in range(num_steps):
             place = num_steps - 1 - step if from_top else step
             for slot, part in enumerate(("conv", "norm")):
-                name = rf"^model\.encoder\.{theirs}\.{step}\.(.*){part}\."
+                name = rf"^(?:model\.)?encoder\.{theirs}\.{step}\.(.*){part}\."
                 names.append((name, rf"fusion.{ours}.{place}.\g<1>{slot}."))
     return names
