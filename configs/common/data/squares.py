@@ -1,7 +1,7 @@
 """Every image a square of 640 pixels, as RT-DETR takes them: no batch is padded.
 
-    dataloader.train.mapper.augmentations = train_augmentations
-    dataloader.test.mapper.augmentations = test_augmentations
+dataloader.train.mapper.augmentations = train_augmentations
+dataloader.test.mapper.augmentations = test_augmentations
 """
 
 from detectron2.config import LazyCall as L

@@ -269,7 +269,10 @@ def convert_state_dict(
             f"comes from the config, the weights do not tell: published are {published}"
         )
     for key in expected:  # a published norm that was frozen has no counter
-        if key.endswith(".num_batches_tracked") and key.replace("num_batches_tracked", "running_var") in renamed:
+        if (
+            key.endswith(".num_batches_tracked")
+            and key.replace("num_batches_tracked", "running_var") in renamed
+        ):
             renamed.setdefault(key, torch.zeros_like(expected[key]))
     report.missing = [k for k in expected if k not in renamed]
     report.unexpected = [k for k in renamed if k not in expected]
