@@ -350,6 +350,8 @@ def test_a_name_says_epochs_keep_ratio_and_variant(name):
     else:
         frozen = 1 if name.startswith(("dino/", "focus_detr/")) else 2  # detrex: the stem alone
         frozen = 2 if "official" in name or "focus_deformable" in name else frozen
+        if name.startswith("rt_detr/"):  # R18 and R34 train all, R50 not the stem
+            frozen = 0 if re.search("r18|r34", name) else 1
         assert cfg.model.backbone.freeze_at == frozen
 
 
@@ -374,6 +376,32 @@ def test_what_a_method_adds():
     assert (focus.keep_ratio, focus.num_objects, focus.loss_weight) == (0.5, 300, 1.5)
     assert focus.layer_ratios == [1.0, 0.8, 0.6, 0.6, 0.4, 0.2]
     assert focus.size_ranges == [[-1, 64], [64, 128], [128, 256], [256, 999999]]
+
+
+def test_rt_detr():
+    """lyuwenyu/RT-DETR: rtdetr_pytorch/configs/rtdetr, their optimizer, data and model."""
+    cfg = get_config("rt_detr/rt_detr_r50_72ep")
+    assert (cfg.dataloader.train.total_batch_size, cfg.optimizer.lr, cfg.train.epochs) == (16, 1e-4, 72)
+    assert cfg.lr_multiplier.milestones == [] and cfg.train.clip_grad == {"enabled": True, "max_norm": 0.1}
+    assert cfg.train.model_ema == {"enabled": True, "decay": 0.9999, "warmup": 2000}
+    assert not cfg.dataloader.train.dataset.filter_empty
+    params = cfg.optimizer.params
+    assert params.lr_factor_func.rules == {"backbone": 0.1}
+    assert (cfg.optimizer.weight_decay, params.weight_decay_norm, params.weight_decay_bias) == (1e-4, 0, 0)
+    for split in (cfg.dataloader.train, cfg.dataloader.test):
+        assert split.mapper.augmentations.size == 640
+    transformer, criterion = cfg.model.transformer, cfg.model.criterion
+    assert (transformer.num_levels, transformer.query_selection.num_queries) == (3, 300)
+    assert (transformer.decoder.layer.ffn_dim, transformer.decoder.layer.dropout) == (1024, 0.0)
+    assert transformer.denoising.num_queries == 100 and transformer.decoder.look_forward_twice
+    assert (criterion.weight_class, criterion.weight_bbox, criterion.weight_giou) == (1, 5, 2)
+    assert (cfg.model.pixel_mean, cfg.model.pixel_std) == ([0] * 3, [255] * 3)
+    # unmatched scores weigh 0.75 p^2, which the authors call alpha; the matcher's alpha is its own
+    criterion = instantiate(criterion)
+    assert (1 - criterion.alpha, criterion.matcher.alpha) == (0.75, 0.25)
+    small = [get_config(f"rt_detr/rt_detr_{size}_72ep").model for size in ("r18", "r34")]
+    assert [m.transformer.decoder.num_layers for m in small] == [3, 4]
+    assert [m.transformer.encoder.fusion.expansion for m in small] == [0.5, 0.5]
 
 
 def test_images():

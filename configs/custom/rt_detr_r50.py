@@ -4,8 +4,9 @@
         data.train_json=... data.train_images=... data.val_json=... data.val_images=... \\
         train.init_checkpoint=published
 
-``train.init_checkpoint``: ``published`` for transformers' copy of the authors' checkpoint, one of your own, or
-nothing to start from an ImageNet backbone. Another size, a multiple of 32:
+``train.init_checkpoint``: ``published`` for the authors' checkpoint, transformers' copy of it
+(``hf://PekingU/rtdetr_r50vd``), one of your own, or nothing to start from an ImageNet backbone. Another
+size, a multiple of 32:
 dataloader.train.mapper.augmentations.size=512 dataloader.test.mapper.augmentations.size=512.
 """
 

@@ -1,8 +1,8 @@
 """RT-DETR, R50-D, 72 epochs of 640x640 pixels: 53.1 AP published.
 
-The recipe the other RT-DETR configs start from; the learning rate never drops, and what is evaluated is the
-moving average of the weights. ``train.init_checkpoint`` is the authors' ImageNet backbone. The augmentation is
-not all of theirs: ``square_train_augmentations`` says what is left out.
+The recipe the other RT-DETR configs start from; the learning rate never drops, and what is evaluated is
+the moving average of the weights. ``train.init_checkpoint`` is the authors' ImageNet backbone. The
+augmentation is not all of theirs: ``square_train_augmentations`` says what is left out.
 """
 
 from ..common.data.coco import dataloader
