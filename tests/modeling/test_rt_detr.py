@@ -22,8 +22,6 @@ HYBRID = "rt_detr/hybrid_dino_r50_4scale_12ep"
 class Nothing(torch.nn.Module):
     """In the place of the pyramid."""
 
-    lateral_convs = ()
-
     def forward(self, memory, tokens):
         return memory
 

@@ -25,8 +25,38 @@ if TYPE_CHECKING:
     from ..proposals import ProposalHead
 
 
+_LAYER = r"^(?:model\.)?encoder\.encoder\.0\.layers\.(\d+)"
+
+# transformers' names ("model. ...") and the authors'. Both count the steps of the top-down path, which are two
+# between three levels, from the top.
+_PUBLISHED = [
+    (rf"{_LAYER}\.self_attn\.", r"layers.\1.attention."),
+    (rf"{_LAYER}\.(?:self_attn_layer_norm|norm1)\.", r"layers.\1.norm."),
+    (rf"{_LAYER}\.(?:fc|linear)([12])\.", r"layers.\1.ffn.linear\2."),
+    (rf"{_LAYER}\.(?:final_layer_norm|norm2)\.", r"layers.\1.ffn.norm."),
+    (r"^(?:model\.decoder_|decoder\.)input_proj\.(\d+)\.(?:0|conv)\.", r"fusion.output_convs.\1.0."),
+    (r"^(?:model\.decoder_|decoder\.)input_proj\.(\d+)\.(?:1|norm)\.", r"fusion.output_convs.\1.1."),
+    *(
+        (
+            rf"^(?:model\.)?encoder\.{theirs}\.{step}\.(.*){part}\.",
+            rf"fusion.{ours}.{1 - step if from_top else step}.\g<1>{slot}.",
+        )
+        for theirs, ours, from_top in (
+            ("lateral_convs", "lateral_convs", True),
+            ("fpn_blocks", "layer_blocks", True),
+            ("downsample_convs", "downsample_blocks", False),
+            ("pan_blocks", "pan_blocks", False),
+        )
+        for step in (0, 1)
+        for slot, part in enumerate(("conv", "norm"))
+    ),
+]
+
+
 class IntraScaleLayer(EncoderLayer):
     """LayerNorm(x + self-attention), then LayerNorm(x + FFN) with GELU."""
+
+    attention: nn.MultiheadAttention
 
     def __init__(
         self, *, embed_dim: int = 256, num_heads: int = 8, ffn_dim: int = 1024, dropout: float = 0.0
@@ -67,6 +97,8 @@ class HybridEncoder(Encoder):
             images are resized to one square and never padded. The pyramid has an option of that name, too.
     """
 
+    published_names = {"transformers": _PUBLISHED, "lyuwenyu": _PUBLISHED}
+
     def __init__(
         self,
         *,
@@ -79,8 +111,6 @@ class HybridEncoder(Encoder):
         self.layers = clone_layers(layer, num_layers)
         self.fusion = fusion
         self.mask_padding = mask_padding
-        names = _published_names(len(fusion.lateral_convs))
-        self.published_names = {"transformers": names, "lyuwenyu": names}
 
     def steps(self, tokens: Tokens, proposal_head: ProposalHead | None, encoded: EncoderOutput) -> Steps:
         coarsest = TokenRange(tokens, tokens.level_starts[-1])
@@ -103,28 +133,3 @@ class HybridEncoder(Encoder):
         encoded = super().forward(tokens, proposal_head)
         encoded.memory = self.fusion(encoded.memory, tokens)
         return encoded
-
-
-def _published_names(num_steps: int) -> list[tuple[str, str]]:
-    """Both publishers' names of the parts; they count the ``num_steps`` of the top-down path from the top."""
-    layer = r"^(?:model\.)?encoder\.encoder\.0\.layers\.(\d+)"
-    names = [
-        (rf"{layer}\.self_attn\.", r"layers.\1.attention."),
-        (rf"{layer}\.(?:self_attn_layer_norm|norm1)\.", r"layers.\1.norm."),
-        (rf"{layer}\.(?:fc|linear)([12])\.", r"layers.\1.ffn.linear\2."),
-        (rf"{layer}\.(?:final_layer_norm|norm2)\.", r"layers.\1.ffn.norm."),
-        (r"^(?:model\.decoder_|decoder\.)input_proj\.(\d+)\.(?:0|conv)\.", r"fusion.output_convs.\1.0."),
-        (r"^(?:model\.decoder_|decoder\.)input_proj\.(\d+)\.(?:1|norm)\.", r"fusion.output_convs.\1.1."),
-    ]
-    for theirs, ours, from_top in (
-        ("lateral_convs", "lateral_convs", True),
-        ("fpn_blocks", "layer_blocks", True),
-        ("downsample_convs", "downsample_blocks", False),
-        ("pan_blocks", "pan_blocks", False),
-    ):
-        for step in range(num_steps):
-            place = num_steps - 1 - step if from_top else step
-            for slot, part in enumerate(("conv", "norm")):
-                name = rf"^(?:model\.)?encoder\.{theirs}\.{step}\.(.*){part}\."
-                names.append((name, rf"fusion.{ours}.{place}.\g<1>{slot}."))
-    return names
