@@ -1,7 +1,9 @@
 """RT-DETR: attention within the coarsest map, the pyramid, ResNet-D, published names of all of it."""
 
+import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,13 +12,14 @@ from torch.testing import assert_close
 
 from sparse_detr.config import get_config
 from sparse_detr.engine import Checkpointer
+from sparse_detr.engine.convert import convert_state_dict
 from sparse_detr.modeling import HybridEncoder, IntraScaleLayer, SinePosition, build_resnet_d
 from sparse_detr.modeling.fusion import FusionLayer
 
 from .tiny import feature_maps, masks, reveal, sample, shrink, tiny_model, total_losses
 
+CASES = Path(__file__).resolve().parents[1] / "parity" / "cases"
 RT_DETR = "rt_detr/rt_detr_r50_72ep"
-HYBRID = "rt_detr/hybrid_dino_r50_4scale_12ep"
 
 
 class Nothing(torch.nn.Module):
@@ -233,6 +236,26 @@ def test_weights_as_the_authors_publish_them(tmp_path):
     Checkpointer(again).load(str(tmp_path / "rtdetr.pth"), checkpointables=[])
     found = again.state_dict()
     assert all(torch.equal(value, found[key]) for key, value in model.state_dict().items())
+
+
+def test_encoder_and_backbone_are_loaded_on_another_base():
+    """Names and shapes of transformers' R18; the rest of the base has other parts."""
+    shapes = json.loads((CASES / "rt_detr/rt_detr_r18_eval.json").read_text())["state_dict"]
+    config = get_config("models/dino.py").model
+    backbone = get_config("models/backbones.py").resnet18_d
+    config.backbone, config.neck.in_channels = backbone.backbone, backbone.in_channels
+    config.transformer.num_levels = 3
+    config.transformer.decoder.layer.ffn_dim = 1024
+    config.transformer.encoder = get_config("encoders/rt_detr.py").encoder
+    config.transformer.encoder.fusion.expansion = 0.5
+    with torch.device("meta"):
+        model = instantiate(config)
+        weights, report = convert_state_dict({k: torch.zeros(shape) for k, shape in shapes.items()}, model)
+    parts = ("backbone.", "transformer.encoder.")
+    assert not [key for key in report.missing if key.startswith(parts)]
+    assert all(weights[k].shape == v.shape for k, v in model.state_dict().items() if k.startswith(parts))
+    assert not [key for key in report.unexpected if key.startswith(parts)]
+    assert {key for key in report.ignored if "input_proj" in key}  # the projection behind the pyramid
 
 
 def test_the_authors_backbone_starts_a_training(tmp_path):

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 _LAYER = r"^(?:model\.)?encoder\.encoder\.0\.layers\.(\d+)"
 
-# transformers' names ("model. ...") and the authors'. Both count the steps of the top-down path, which are two
-# between three levels, from the top.
+# transformers' names ("model. ...") and the authors'. Both count the steps of the top-down path from the top;
+# there are two between the published models' three levels.
 _PUBLISHED = [
     (rf"{_LAYER}\.self_attn\.", r"layers.\1.attention."),
     (rf"{_LAYER}\.(?:self_attn_layer_norm|norm1)\.", r"layers.\1.norm."),
@@ -98,6 +98,7 @@ class HybridEncoder(Encoder):
     """
 
     published_names = {"transformers": _PUBLISHED, "lyuwenyu": _PUBLISHED}
+    published_unused = (r"^transformer\.encoder\.fusion\.output_convs\.",)  # ``FusionNeck(project=False)``
 
     def __init__(
         self,
