@@ -20,7 +20,6 @@ from detectron2.utils.logger import setup_logger
 from sparse_detr.config import load_config
 from sparse_detr.engine.checks import check_own_data
 
-
 KEYS = ("train_json", "train_images", "val_json", "val_images")
 
 

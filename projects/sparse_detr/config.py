@@ -108,7 +108,8 @@ def resolve_classes(cfg: DictConfig) -> None:
     """Fills ``model.num_classes`` and ``data.classes`` where a config leaves them to the data.
 
     Configs for data of one's own (``common/data/custom.py``) set both to None; the answer is in the
-    training set, or in the validation set where no other is given. Does nothing to other configs, and once the classes are known, as in a run's ``config.yaml``, reads no file.
+    training set, or in the validation set where no other is given. Does nothing to other
+    configs, and once the classes are known, as in a run's ``config.yaml``, reads no file.
 
     Raises:
         UserError: there is no file to read them from, or ``model.num_classes`` was given and is

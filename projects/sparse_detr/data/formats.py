@@ -41,8 +41,8 @@ def yolo_classes(data_yaml: str) -> list[str]:
         numbers = list(names)
         if sorted(numbers, key=str) != sorted(range(len(names)), key=str):
             raise UserError(
-                f"{data_yaml}: the numbers of the names are {listed(list(map(str, numbers)), 5)}, expected all of "
-                f"0 to {len(names) - 1}: labels count classes from 0 without a gap"
+                f"{data_yaml}: the numbers of the names are {listed(list(map(str, numbers)), 5)}, expected "
+                f"all of 0 to {len(names) - 1}: labels count classes from 0 without a gap"
             )
         names = [names[number] for number in range(len(names))]
     if not isinstance(names, list) or not names:
@@ -60,9 +60,9 @@ def has_yolo_split(data_yaml: str, split: str) -> bool:
 def read_yolo(data_yaml: str, split: str) -> Report:
     """One split of a ``data.yaml``, "train" or "val".
 
-    A label is "class x y width height" (of the centre and size, 0..1) or "class" and a polygon's corners, whose
-    bounding box is taken; with ``kpt_shape``, key points behind the box are left out. An image without a label
-    file, or with an empty one, is background.
+    A label is "class x y width height" (of the centre and size, 0..1) or "class" and a polygon's corners,
+    whose bounding box is taken; with ``kpt_shape``, key points behind the box are left out. An image without
+    a label file, or with an empty one, is background.
 
     Raises:
         UserError: the YAML cannot be read, or names a folder that does not exist.
@@ -244,7 +244,10 @@ def read_voc(source: str | Sequence[str], split: str, classes: Sequence[str]) ->
         raise UserError(f"data.voc={source} has no {split} set")
     images = {path: _voc_image(path) for path in files}
     report = _report(f"data.voc={source} ({split})", list(images.values()), classes)
-    missing, broken, incomplete, unreadable = [], [], [], []
+    missing: list[str] = []
+    broken: list[str] = []
+    incomplete: list[str] = []
+    unreadable: list[str] = []
     numbers = {name: number for number, name in enumerate(classes)}
     unknown: Counter[str] = Counter()
     boxes = []
@@ -318,9 +321,10 @@ def _voc_set(path: Path) -> list[Path]:
     files = sorted(path.rglob("*.xml"))
     if not files:
         raise UserError(
-            f"data.voc: {os.path.abspath(path)} {'holds no XML files' if path.is_dir() else 'does not exist'}: "
-            "expected a folder with ImageSets/Main, Annotations and JPEGImages, one with train/ and valid/, one of "
-            "XML files, or two: [train, val]"
+            f"data.voc: {os.path.abspath(path)} "
+            f"{'holds no XML files' if path.is_dir() else 'does not exist'}: expected a folder with "
+            "ImageSets/Main, Annotations and JPEGImages, one with train/ and valid/, one of XML files, or "
+            "two: [train,val]"
         )
     return files
 
@@ -393,8 +397,8 @@ def merge_coco(files: Sequence[str], folders: str | Sequence[str]) -> Report:
     folders = [folders] * len(files) if isinstance(folders, str) else list(folders)
     if len(folders) != len(files):
         raise UserError(
-            f"{len(files)} annotation files ({listed(list(map(str, files)), 3)}) and {len(folders)} image folders: "
-            "pass a folder for each file, or one for all"
+            f"{len(files)} annotation files ({listed(list(map(str, files)), 3)}) and {len(folders)} image "
+            "folders: pass a folder for each file, or one for all"
         )
     contents = [read_annotations(file) for file in files]
     names = _merged_names(files, contents)
@@ -436,15 +440,15 @@ def _merged_names(files: Sequence[str], contents: Sequence[dict]) -> list[str]:
         own = [c["name"] for c in in_order(categories)]
         if twice := [name for name, count in Counter(own).items() if count > 1]:
             raise UserError(
-                f"{file} has several classes of one name ({listed(twice, 5)}): files are merged by the names of "
-                "their classes, give each its own"
+                f"{file} has several classes of one name ({listed(twice, 5)}): files are merged by the names "
+                "of their classes, give each its own"
             )
         for name in own:
             known, where = first.setdefault(" ".join(name.casefold().split()), (name, str(file)))
             if known != name:
                 raise UserError(
-                    f"the class {known!r} of {where} and {name!r} of {file} differ in case or blanks alone: files "
-                    "are merged by the names of their classes, write both alike"
+                    f"the class {known!r} of {where} and {name!r} of {file} differ in case or blanks alone: "
+                    "files are merged by the names of their classes, write both alike"
                 )
     return [name for name, _ in first.values()]
 
@@ -460,8 +464,8 @@ def select_classes(report: Report, classes: Sequence[str]) -> None:
     known = {record_id(c): c.get("name") for c in categories}
     if missing := [name for name in classes if name not in known.values()]:
         raise UserError(
-            f"data.classes: {listed(missing, 5)} {'are' if len(missing) > 1 else 'is'} not among the classes of "
-            f"{report.json_file} ({listed([str(name) for name in known.values()], 20)})"
+            f"data.classes: {listed(missing, 5)} {'are' if len(missing) > 1 else 'is'} not among the classes "
+            f"of {report.json_file} ({listed([str(name) for name in known.values()], 20)})"
         )
     kept, dropped = [], Counter[str]()
     for annotation in report.content["annotations"]:

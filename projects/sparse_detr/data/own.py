@@ -114,7 +114,7 @@ def own_dataset(
         names, filter_empty: see ``coco_dataset``.
         data, split, folder: see ``own_files``.
     """
-    json_file, image_root = own_files(data, split, folder, afresh=False) or (None, None)
+    json_file, image_root = own_files(data, split, folder, afresh=False) or ("", "")
     return coco_dataset(names=names, json_file=json_file, image_root=image_root, filter_empty=filter_empty)
 
 
@@ -166,12 +166,12 @@ def _plain(data: Mapping[str, Any], split: str) -> tuple[str, str] | None:
         return None
     _check_pair(data, split)
     json_file, images = data[f"{split}_json"], data[f"{split}_images"]
-    if not isinstance(json_file, str | os.PathLike):
+    if not isinstance(json_file, str):
         return None
     if (classes := class_list(data)) is None:
         return json_file, images
     try:
-        names = category_names(str(json_file))
+        names = category_names(json_file)
     except UserError:
         return json_file, images
     return None if len({*names}) > len(classes) else (json_file, images)
@@ -183,7 +183,7 @@ def _read(data: Mapping[str, Any], split: str) -> Report:
         report = read_yolo(data["yolo"], split)
     elif kind == "voc":
         report = read_voc(data["voc"], split, voc_classes(data["voc"]))
-    elif isinstance(file := data[f"{split}_json"], str | os.PathLike):
+    elif isinstance(file := data[f"{split}_json"], str):
         report = Report(str(file), str(data[f"{split}_images"]), read_annotations(file))
     else:
         report = merge_coco(list(file), _folders(data, split))
@@ -208,6 +208,7 @@ def _written(report: Report, path: str) -> tuple[str, str]:
 
 
 def _strings(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A section as JSON can hold it."""
     return {
         key: value
         if isinstance(value, str | None)

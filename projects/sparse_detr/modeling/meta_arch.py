@@ -376,8 +376,8 @@ def _check_input(
         own = getattr(backbone, key, given)
         if max(abs(a - b) for a, b in zip(given, own)) > 1:
             logger.warning(
-                "model.%s=%s, but timm's weights of this backbone take %s (null: these); right only for weights "
-                "of another origin",
+                "model.%s=%s, but timm's weights of this backbone take %s (null: these); right only for "
+                "weights of another origin",
                 key,
                 list(given),
                 [round(value, 3) for value in own],

@@ -30,9 +30,9 @@ class TimmBackbone(Backbone):
     """A feature extractor of timm (``timm.create_model(name, features_only=True)``).
 
     Outputs ``stride{s}`` for the strides s in ``out_features``, (B, C_s, ceil(H / s), ceil(W / s)); images of
-    any size. Networks that would drop what is left at the right and the bottom border, or refuse it, see zeros
-    (the mean colour) there, up to the next multiple of 32. Input is RGB, normalised with ``pixel_mean`` and
-    ``pixel_std``, which are those of timm's weights.
+    any size. Networks that would drop what is left at the right and the bottom border, or refuse it, see
+    zeros (the mean colour) there, up to the next multiple of 32. Input is RGB, normalised with
+    ``pixel_mean`` and ``pixel_std``, which are those of timm's weights.
 
     Args:
         name: as in ``timm.list_models()``; a tag behind it (``resnet18.a1_in1k``) names its weights, which
@@ -295,8 +295,8 @@ def _wanted(layout: _Layout, out_features: Sequence[str]) -> list[int]:
     ]
     if missing := [s for s in strides if s not in layout.maps]:
         raise UserError(
-            f"model.backbone.name={layout.name} has maps of strides {', '.join(map(str, layout.maps))} and none "
-            f"of {', '.join(map(str, missing))}: take a network with stages, such as resnet18, "
+            f"model.backbone.name={layout.name} has maps of strides {', '.join(map(str, layout.maps))} and "
+            f"none of {', '.join(map(str, missing))}: take a network with stages, such as resnet18, "
             "mobilenetv4_conv_small or convnext_tiny"
         )
     return cast(list[int], strides)
@@ -308,8 +308,8 @@ def _frozen(layout: _Layout, freeze_at: int) -> frozenset[str]:
     if (stride := 2**freeze_at) not in layout.maps:
         possible = [0, *(s.bit_length() - 1 for s in layout.maps)]
         raise UserError(
-            f"model.backbone.freeze_at={freeze_at}: {layout.name} has no map of stride {stride}, whose layers "
-            f"it would freeze; expected one of {', '.join(map(str, possible))}"
+            f"model.backbone.freeze_at={freeze_at}: {layout.name} has no map of stride {stride}, whose "
+            f"layers it would freeze; expected one of {', '.join(map(str, possible))}"
         )
     return layout.maps[stride].parameters
 
