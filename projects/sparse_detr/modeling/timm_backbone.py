@@ -119,7 +119,9 @@ class TimmBackbone(Backbone):
         result = {}
         for name, value in weights.items():
             forms = (name, name.replace(".", "_", 1), f"model.{name}")
-            result[f"body.{next((form for form in forms if form in own), name)}"] = value
+            found = next((form for form in forms if form in own), name)
+            if found in own or not found.endswith(".num_batches_tracked"):  # a frozen norm has no such count
+                result[f"body.{found}"] = value
         return result
 
 
