@@ -53,6 +53,7 @@ setup(
         "export": ["onnx", "onnxscript", "onnxruntime"],
         "fast-eval": ["faster-coco-eval"],
         "safetensors": ["safetensors"],
+        "timm": ["timm>=1.0"],
         "vis": ["opencv-python-headless", "matplotlib"],
         "wandb": ["wandb"],
     },

@@ -184,7 +184,7 @@ def test_the_config_of_ones_own_in_the_docs_is_one(tmp_path):
     cfg = load_config(str(tmp_path / "my_config.py"), ["train.epochs=6", "optimizer.lr=1e-5"])
     assert {"model", "dataloader", "optimizer", "lr_multiplier", "train", "data"} <= cfg.keys()
     assert (cfg.train.epochs, cfg.lr_multiplier.milestones) == (6, [10])
-    assert cfg.dataloader.train.dataset.json_file == "train.json"
+    assert cfg.dataloader.train.dataset.data.train_json == "train.json"
     assert cfg.optimizer.params.base_lr == 1e-5
     LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
     assert load_config(str(tmp_path / "config.yaml")).optimizer.params.base_lr == 1e-5

@@ -32,12 +32,12 @@ RULES = (
     # ... and its own helpers, see `is_own_helper`
     (r"modeling\.encoders\..*", rf"kernels|{BASE}|modeling\.(encoder|cascade|selection|heads|proposals)"),
     (r"modeling\.encoders", r"modeling\.encoders\..*"),
-    (r"modeling\.(transformer|postprocess|backbone)", r"modeling\.(?!encoders|meta_arch).*"),
+    (r"modeling\.(transformer|postprocess|\w*backbone)", r"modeling\.(?!encoders|meta_arch).*|errors"),
     (r"modeling\.meta_arch", r"modeling\.(?!encoders).*|devices|errors|yacs_config"),
     (r"modeling", r"modeling\..*"),
     (
         r"modeling\..*",
-        rf"{BASE}|modeling\.(?!encoders|meta_arch|transformer|postprocess|backbone).*",
+        rf"{BASE}|modeling\.(?!encoders|meta_arch|transformer|postprocess|\w*backbone).*",
     ),
     (r"errors", r"errors"),
     (r"devices", r"errors"),

@@ -159,12 +159,48 @@ def test_class_names_are_no_syntax_and_ids_may_be_texts(data, tmp_path):
     assert stored_classes(load_config(str(folder / "config.yaml"))) == names
 
 
-@pytest.mark.parametrize("override", ["data.check=true", "data.check=false", "model.num_classes=5"])
-def test_a_list_of_files_is_refused_before_the_first_step(override, data, tmp_path):
-    for split in ("train", "val"):
-        several = f"data.{split}_json=[{data}/{split}.json,{data}/{split}.json]"
-        with pytest.raises(UserError, match="the path of one annotation file, got a list.*merge several"):
-            run(tmp_path / "run", *files(data, "train", "val"), several, override)
+def test_several_files_are_one_set(data, tmp_path):
+    """Training on a list of files; the classes of all are read, and their images have ids of their own."""
+    several = [
+        f"data.train_json=[{data}/train.json,{data}/val.json]",
+        f"data.train_images=[{data}/train,{data}/val]",
+    ]
+    run(tmp_path, *several, "data.classes=[star,disc]")
+    merged = json.loads((tmp_path / "data" / "train.json").read_text())
+    assert [c["name"] for c in merged["categories"]] == ["star", "disc"] and len(merged["images"]) == 12
+    assert load_config(str(tmp_path)).model.num_classes == 2
+    assert Predictor(str(tmp_path), device="cpu").class_names == ["star", "disc"]
+
+
+def test_evaluation_is_on_the_chosen_classes(finished, data, tmp_path):
+    results = run(tmp_path, *files(data, "train", "val"), "data.classes=[cross,disc]")
+    assert {key for key in results["bbox"] if key.startswith("AP-")} == {"AP-cross", "AP-disc"}
+    counted = json.loads((tmp_path / "data" / "val.json").read_text())
+    assert len(counted["images"]) == 4 and {a["category_id"] for a in counted["annotations"]} <= {1, 2}
+    log = (tmp_path / "log.txt").read_text()
+    assert "data.classes leaves out boxes of 3 other classes" in log
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["data.classes=[disc,starr]"],
+            "data.classes: starr is not among the classes of .*train.json .disc, tri",
+        ),
+        (["data.classes=disc"], r"write data.classes=\[disc\]"),
+        (["data.classes=[disc,disc]"], "has a name twice"),
+        (["data.yolo=data.yaml"], "data.yolo=data.yaml and data.train_json=.*two sources of data"),
+        (
+            ["data.train_json=[a.json,b.json,c.json]", "data.train_images=[a,b]"],
+            "3 annotation files .* 2 image",
+        ),
+    ],
+)
+def test_contradictory_data_are_refused_before_the_first_step(overrides, message, data, tmp_path):
+    with pytest.raises(UserError, match=message) as caught:
+        run(tmp_path / "run", *files(data, "train"), *overrides)
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 

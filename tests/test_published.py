@@ -54,7 +54,7 @@ def test_it_tells_what_the_config_tells(name):
 
 def test_configs_for_own_data_have_those_of_the_config_that_they_extend():
     for name in list_configs():
-        if name.startswith("custom/"):
+        if name.startswith("custom/") and not name.endswith("_timm"):
             source = published.find(name).config
             text = (ROOT / f"configs/{name}.py").read_text()
             assert f"from ..{source.replace('/', '.')} import model" in text, name

@@ -341,6 +341,9 @@ def test_a_name_says_epochs_keep_ratio_and_variant(name):
         backbone = cfg.model.backbone
         assert backbone.get("frozen_stages", 1) == 1
         assert backbone.model.stochastic_depth_prob == (0.2 if "swin" in name else 0.5)
+    elif "timm" in name:
+        assert cfg.model.backbone.freeze_at == 2
+        assert cfg.train.init_checkpoint == "timm://resnet18"
     elif "swin" in name:
         # drop path: 0.1 in detrex's Swin-T alone; stages frozen by Sparse DETR's authors alone
         swin = cfg.model.backbone

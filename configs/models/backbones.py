@@ -7,7 +7,7 @@ from detectron2.config import LazyCall as L
 from detectron2.modeling.backbone import BasicStem, ResNet
 from torchvision.models import SwinTransformer, convnext_large
 
-from sparse_detr.modeling import StagedBackbone, build_resnet_d, build_swin
+from sparse_detr.modeling import StagedBackbone, TimmBackbone, build_resnet_d, build_swin, timm_channels
 
 # torchvision's ResNet: stride in the 3x3 convolution, frozen norms, stem and res2 not trained.
 resnet50 = dict(
@@ -129,3 +129,22 @@ torchvision_convnext_large = dict(
     in_features=["p1", "p2", "p3"],
     in_channels=[384, 768, 1536],
 )
+
+# Any backbone of timm: what the rest of the model must know of it is read from it, by its name alone.
+# ``model.update(timm_input)``: pixels as its weights were trained with.
+timm = dict(
+    backbone=L(TimmBackbone)(
+        name="resnet18",
+        out_features="${model.in_features}",
+        freeze_at=2,  # stem and first stage: all that the map of stride 4 is computed from
+        norm="FrozenBN",
+        options=None,  # of timm.create_model: dict(drop_path_rate=0.1)
+    ),
+    in_features=["stride8", "stride16", "stride32"],
+    in_channels=L(timm_channels)(
+        name="${model.backbone.name}",
+        out_features="${model.in_features}",
+        options="${model.backbone.options}",
+    ),
+)
+timm_input = dict(pixel_mean=None, pixel_std=None, input_format="RGB")

@@ -108,7 +108,7 @@ def resolve_classes(cfg: DictConfig) -> None:
     """Fills ``model.num_classes`` and ``data.classes`` where a config leaves them to the data.
 
     Configs for data of one's own (``common/data/custom.py``) set both to None; the answer is in the
-    training set's JSON, or in the validation set's where no other is given. Does nothing to other
+    training set, or in the validation set where no other is given. Does nothing to other
     configs, and once the classes are known, as in a run's ``config.yaml``, reads no file.
 
     Raises:
@@ -118,17 +118,18 @@ def resolve_classes(cfg: DictConfig) -> None:
     data = cfg.get("data")
     if not data or "classes" not in data:
         return
-    source = data.train_json or data.val_json
+    source = data.get("yolo") or data.get("voc") or data.train_json or data.val_json
     given = cfg.model.num_classes
     stored = data.classes is not None
-    if not stored and (source if given is None else os.path.isfile(str(source or ""))):
-        from .data import category_names
+    stored_classes(cfg)  # refuses what is no list of names
+    if not stored and (source if given is None else os.path.exists(str(source or ""))):
+        from .data import own_classes
 
-        data.classes = [_stored_name(name) for name in category_names(source)]
+        data.classes = [_stored_name(name) for name in own_classes(data)]
     if data.classes is None and given is None:
         raise UserError(
-            "model.num_classes is not known: pass data.train_json=..., from which it is read "
-            "(or the number itself: model.num_classes=...)"
+            "model.num_classes is not known: pass data.train_json=... (or data.yolo=..., data.voc=...), from "
+            "which it is read (or the number itself: model.num_classes=...)"
         )
     if given is None:
         cfg.model.num_classes = len(data.classes)
@@ -146,8 +147,9 @@ def resolve_classes(cfg: DictConfig) -> None:
 
 def stored_classes(cfg: DictConfig) -> list[str] | None:
     """The names in ``data.classes``, as they were in the JSON; None if there are none."""
-    names = OmegaConf.select(cfg, "data.classes")
-    return names and [json.loads(name) if str(name).startswith('"') else name for name in names]
+    from .data import class_list
+
+    return class_list(cfg.get("data") or {})
 
 
 def _stored_name(name: str) -> str:
@@ -240,7 +242,9 @@ def _parse(text: str) -> Override:
 
 
 # Ends of the names of keys that hold files or folders, and may be None until they do.
-_PATH_KEY = re.compile(r"(^|_|\.)(dir|path|file|folder|root|json|checkpoint|weights)$|(?<!num)_images$")
+_PATH_KEY = re.compile(
+    r"(^|_|\.)(dir|path|file|folder|root|json|yolo|voc|checkpoint|weights)$|(?<!num)_images$"
+)
 
 
 def _is_text(cfg: DictConfig, key: str) -> bool:

@@ -1,29 +1,33 @@
-"""Data of your own in COCO format: paths, given on the command line or in a config.
+"""Data of your own: paths, given on the command line or in a config.
 
-    data.train_json=... data.train_images=... data.val_json=... data.val_images=...
+    data.train_json=... data.train_images=... data.val_json=... data.val_images=...    COCO format
+    data.yolo=data.yaml                                                                YOLO
+    data.voc=VOCdevkit/VOC2012                                                         Pascal VOC
 
-The classes are read from the JSON: a config that uses this file sets ``model.num_classes = None``.
-Without ``val_json`` and ``val_images`` a run trains and evaluates nothing.
+The classes are read from the data: a config that uses this file sets ``model.num_classes = None``.
+Without a validation set a run trains and evaluates nothing.
 """
 
 from detectron2.config import LazyCall as L
 
-from sparse_detr.data import coco_dataset
+from sparse_detr.data import own_dataset
 
 from .coco import dataloader
 
 data = dict(
-    train_json=None,
-    train_images=None,  # folder that the file names in the JSON are relative to
+    train_json=None,  # or a list of files, which become one set
+    train_images=None,  # folder that the file names in the JSON are relative to; or a list, one for each file
     val_json=None,
     val_images=None,
-    classes=None,  # their names; None: as in the JSON, in the order of their ids
+    yolo=None,  # a data.yaml: training and validation set
+    voc=None,  # a folder of Pascal VOC, or a list of two: training and validation set
+    classes=None,  # names of those to learn, in their order; None: all that the data have
     check=True,  # look at annotations and image files before the first step
 )
 
-dataloader.train.dataset = L(coco_dataset)(
-    names="custom_train", json_file="${data.train_json}", image_root="${data.train_images}"
+dataloader.train.dataset = L(own_dataset)(
+    names="custom_train", data="${data}", split="train", folder="${train.output_dir}/data"
 )
-dataloader.test.dataset = L(coco_dataset)(
-    names="custom_val", json_file="${data.val_json}", image_root="${data.val_images}"
+dataloader.test.dataset = L(own_dataset)(
+    names="custom_val", data="${data}", split="val", folder="${train.output_dir}/data"
 )

@@ -12,6 +12,7 @@ from .mapper import (
     test_augmentations,
     train_augmentations,
 )
+from .own import class_list, has_own_split, own_classes, own_dataset, own_files
 from .register import (
     check_classes,
     check_datasets,
@@ -31,9 +32,14 @@ __all__ = [
     "check_coco",
     "check_data",
     "check_datasets",
+    "class_list",
     "coco_dataset",
     "generate_shapes",
+    "has_own_split",
     "load_coco",
+    "own_classes",
+    "own_dataset",
+    "own_files",
     "read_image",
     "register_coco",
     "registered_dataset",

@@ -18,7 +18,7 @@ from detectron2.utils import comm
 from ..errors import UserError, listed
 from .coco import check_path, in_order, is_area, is_number, load_coco, read_annotations
 from .image import ImageError, image_size
-from .report import Report, is_id, record_id
+from .report import Report, is_id, record_id, to_mend
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +76,7 @@ def _check_and_log(
         for remark in report.remarks:
             logger.warning(remark)
     errors = [error for report in reports for error in report.errors]
-    if not errors:
-        return None
-    problems = "".join(f"\n  {number}. {text}" for number, text in enumerate(errors, 1))
-    return f"the data must be mended first:{problems}"
+    return to_mend(errors) if errors else None
 
 
 def check_coco(

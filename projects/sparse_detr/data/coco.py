@@ -41,7 +41,8 @@ def read_annotations(json_file: str | os.PathLike) -> dict:
     if problem := _format_problem(content):
         raise UserError(
             f"{json_file} is not in COCO format: expected an object with the lists of records "
-            f"{', '.join(SECTIONS)}, found {problem}. Other formats (Pascal VOC, YOLO) must be converted"
+            f"{', '.join(SECTIONS)}, found {problem}. Pascal VOC and YOLO have keys of their own, "
+            "data.voc and data.yolo"
         )
     return content
 

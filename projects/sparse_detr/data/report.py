@@ -69,6 +69,12 @@ class Report:
         )
 
 
+def to_mend(errors: Sequence[str]) -> str:
+    """All that is wrong with data, numbered, as one message."""
+    problems = "".join(f"\n  {number}. {text}" for number, text in enumerate(errors, 1))
+    return f"the data must be mended first:{problems}"
+
+
 def is_id(value: object) -> bool:
     """COCO's ids are whole numbers; texts are taken, too."""
     return isinstance(value, int | str) and not isinstance(value, bool)

@@ -2,8 +2,9 @@
 
 ``train.init_checkpoint`` may be one of our own files, a published ``.pth`` of the methods that this
 package implements or a folder of transformers (converted by ``engine.convert``), or a backbone:
-detectron2's ``.pkl``, torchvision's or timm's ResNet, Swin; also as ``.safetensors`` or ``.npz``; and, in
-their place, ``published://...`` or ``hf://...`` (``engine.sources``). No file can run code
+detectron2's ``.pkl``, torchvision's or timm's ResNet, Swin, any of timm's for a ``TimmBackbone``; also as
+``.safetensors`` or ``.npz``; and, in their place, ``published://...``, ``hf://...`` or ``timm://...``
+(``engine.sources``). No file can run code
 (``engine.weights``).
 
 Where a run has kept a moving average of its weights, its checkpoints hold both: "model" is what

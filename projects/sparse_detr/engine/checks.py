@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..config import stored_classes
 from ..data.check import LIMITS, check_data
 from ..data.evaluation import detection_limits
+from ..data.own import has_own_split, own_files
 from ..data.register import check_classes
 from ..errors import UserError
 from ..modeling.meta_arch import SetDetector
@@ -46,15 +47,15 @@ def check_own_data(cfg: DictConfig, *splits: str) -> None:
     data = cfg.get("data")
     if not data:
         return
-    files: dict[str, tuple[str, str]] = {}
-    for split in splits:
-        json_file, images = data.get(f"{split}_json"), data.get(f"{split}_images")
-        if bool(json_file) != bool(images):
-            raise UserError(f"data.{split}_json={json_file} and data.{split}_images={images}: pass both")
-        if json_file:
-            files[split] = (json_file, images)
+    folder = own_folder(cfg)
+    files = {split: found for split in splits if (found := own_files(data, split, folder))}
     if data.get("check"):
         check_data(**files, limits=_object_limits(cfg))
+
+
+def own_folder(cfg: DictConfig) -> str:
+    """Where a run's data lie in COCO format if they come in another."""
+    return os.path.join(cfg.train.output_dir, "data")
 
 
 def _object_limits(cfg: DictConfig) -> dict[str, int]:
@@ -80,7 +81,9 @@ def check_model(model: SetDetector, cfg: DictConfig, *splits: str) -> None:
 
 
 def has_test_set(cfg: DictConfig) -> bool:
-    """False for data of one's own (``coco_dataset``) without a validation set."""
+    """False for data of one's own (``own_dataset``) without a validation set."""
+    if OmegaConf.select(cfg.dataloader.test, "dataset.data") is not None:
+        return has_own_split(cfg.data, "val")
     return OmegaConf.select(cfg.dataloader.test, "dataset.json_file", default="") is not None
 
 

@@ -138,11 +138,13 @@ def backbone_names(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str,
     """``weights`` of a backbone alone, under the model's names; None if they are no such thing.
 
     Knows the names of this model's backbone without their prefix (detectron2's; Swin as its
-    authors publish it, also for torchvision's Swin), torchvision's ResNet (also timm's) and ResNet-D.
+    authors publish it, also for torchvision's Swin), torchvision's ResNet (also timm's) and ResNet-D, and for
+    a backbone that has its own rule (``renamed``) what this makes of them.
     """
     expected = model.state_dict().keys()
+    own = getattr(getattr(model, "backbone", None), "renamed", dict)(weights)
     for named in (
-        {f"backbone.{name}": value for name, value in weights.items()},
+        {f"backbone.{name}": value for name, value in own.items()},
         rename_torchvision(weights),
         rename_resnet_d(weights),
         rename_swin(weights),

@@ -1,6 +1,6 @@
-"""Where weights come from besides files: ``published://NAME`` and ``hf://OWNER/NAME``.
+"""Where weights come from besides files: ``published://NAME``, ``hf://OWNER/NAME`` and ``timm://NAME``.
 
-Both are handlers of detectron2's ``PathManager``, beside its own ``detectron2://`` and ``https://``, so that
+They are handlers of detectron2's ``PathManager``, beside its own ``detectron2://`` and ``https://``, so that
 whatever loads through it, yacs projects too, knows them.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from detectron2.utils.file_io import PathHandler, PathManager
 from iopath.common.file_io import get_cache_dir
 
-from ..errors import UserError
+from ..errors import UserError, listed
 from ..published import PREFIX, Published, find
 
 logger = logging.getLogger(__name__)
@@ -112,6 +112,38 @@ class HuggingFaceHandler(PathHandler):
         ) from None
 
 
+class TimmHandler(PathHandler):
+    """``timm://NAME`` and ``timm://NAME.TAG``: the ImageNet weights that timm names for its model."""
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return ["timm://"]
+
+    def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
+        name = path.removeprefix("timm://")
+        try:
+            import timm
+        except ImportError as error:
+            raise UserError(f"{path} needs a package: pip install timm") from error
+        try:
+            found = timm.get_pretrained_cfg(name)
+        except RuntimeError as error:  # an unknown tag
+            found, reason = None, f" ({error})"
+        else:
+            reason = ""
+        source = found and (f"hf://{found.hf_hub_id}" if found.hf_hub_id else found.url)
+        if not source:
+            tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
+            raise UserError(
+                f"timm has no weights {name}{reason}: "
+                + (
+                    f"take one of {listed(tags)}"
+                    if tags
+                    else "pass a file, or nothing, as train.init_checkpoint"
+                )
+            )
+        return PathManager.get_local_path(source, force=force)
+
+
 def weights_in(folder: str) -> str:
     """The weights in a folder that transformers' ``save_pretrained`` has written.
 
@@ -132,5 +164,5 @@ def weights_in(folder: str) -> str:
     )
 
 
-for _handler in (PublishedHandler(), HuggingFaceHandler()):
+for _handler in (PublishedHandler(), HuggingFaceHandler(), TimmHandler()):
     PathManager.register_handler(_handler, allow_override=True)

@@ -26,6 +26,7 @@ from .meta_arch import (
 )
 from .proposals import LearnedQueries, MixedQueries, ProposalHead, ProposalQueries
 from .selection import TokenRange, TokenScorer, TokenSet, keep_best, keep_best_of_levels
+from .timm_backbone import TimmBackbone, timm_channels
 from .tokens import Tokens
 from .transformer import DetectionTransformer, TransformerOutput
 
@@ -65,6 +66,7 @@ __all__ = [
     "SparseDETR",
     "StagedBackbone",
     "Target",
+    "TimmBackbone",
     "Tokens",
     "TransformerOutput",
     "TokenRange",
@@ -76,5 +78,6 @@ __all__ = [
     "clone_layers",
     "keep_best",
     "keep_best_of_levels",
+    "timm_channels",
 ]
 __all__ += _encoders

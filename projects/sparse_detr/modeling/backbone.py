@@ -46,14 +46,16 @@ class FrozenNormConv2d(Conv2d):
         self.training = conv.training
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = self.norm
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()  # (C_out,)
-        bias = norm.bias - norm.running_mean * scale
-        if self.bias is not None:
-            bias = bias + self.bias * scale
-        weight = self.weight * scale[:, None, None, None]
+        weight, bias = folded_norm(self.weight, self.bias, self.norm)
         x = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
+
+
+def folded_norm(weight: Tensor, bias: Tensor | None, norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight (C_out, C_in, k, k) and bias (C_out,) of a convolution with the norm behind it in them."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()  # (C_out,)
+    shift = norm.bias - norm.running_mean * scale
+    return weight * scale[:, None, None, None], shift if bias is None else shift + bias * scale
 
 
 def fold_frozen_norms(module: nn.Module) -> None:

@@ -30,13 +30,16 @@ from .transformer import DetectionTransformer, TransformerOutput
 
 logger = logging.getLogger(__name__)
 
+IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
 
 class SetDetector(nn.Module):
     """A DETR-type detector: backbone, neck, transformer, set criterion.
 
     Args:
         backbone: detectron2 backbone; its outputs ``in_features`` go to the neck, finest first.
-        pixel_mean, pixel_std: of the channels as the data mapper delivers them.
+        pixel_mean, pixel_std: of the channels as the data mapper delivers them; None: the backbone's own,
+            ImageNet's where it does not tell.
         input_format: "RGB" or "BGR"; what the mapper delivers, used by predictors and drawings.
         num_classes: classes of the data set, contiguous from 0; no background class.
         max_detections: detections per image.
@@ -68,8 +71,8 @@ class SetDetector(nn.Module):
         transformer: DetectionTransformer,
         criterion: SetCriterion,
         num_classes: int,
-        pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
-        pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
+        pixel_mean: Sequence[float] | None = IMAGENET_MEAN,
+        pixel_std: Sequence[float] | None = IMAGENET_STD,
         input_format: str = "RGB",
         max_detections: int = 100,
         exact_sizes: bool = False,
@@ -84,10 +87,15 @@ class SetDetector(nn.Module):
                 f"{transformer.heads.num_classes} classes: let them refer to ${{model.num_classes}}"
             )
         if pad_features and any(isinstance(m, _BatchNorm) for m in [*backbone.modules(), *neck.modules()]):
-            raise ValueError(
+            raise UserError(
                 "model.pad_features=True computes a batch image by image, and the backbone's batch norms "
                 "would see one image at a time: freeze them (norm=FrozenBN) or set model.pad_features=False"
             )
+        if pixel_mean is None:
+            pixel_mean = getattr(backbone, "pixel_mean", IMAGENET_MEAN)
+        if pixel_std is None:
+            pixel_std = getattr(backbone, "pixel_std", IMAGENET_STD)
+        _check_input(backbone, pixel_mean, pixel_std, input_format)
         fold_frozen_norms(backbone)
         self.backbone = backbone
         self.in_features = list(in_features)
@@ -353,6 +361,27 @@ class SetDetector(nn.Module):
             for name, value in output.encoded.metrics.items():
                 get_event_storage().put_scalar(name, value)
         return losses
+
+
+def _check_input(
+    backbone: Backbone, pixel_mean: Sequence[float], pixel_std: Sequence[float], input_format: str
+) -> None:
+    """Compares the model's input with that of the backbone's weights, if it tells which that is."""
+    if input_format != (expected := getattr(backbone, "input_format", input_format)):
+        raise UserError(
+            f"model.input_format={input_format}, but the backbone's weights take {expected}: set it, and "
+            f"the mappers' image_format (yacs: INPUT.FORMAT), to {expected}"
+        )
+    for key, given in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+        own = getattr(backbone, key, given)
+        if max(abs(a - b) for a, b in zip(given, own)) > 1:
+            logger.warning(
+                "model.%s=%s, but timm's weights of this backbone take %s (null: these); right only for "
+                "weights of another origin",
+                key,
+                list(given),
+                [round(value, 3) for value in own],
+            )
 
 
 def _pad_and_stack(maps: Sequence[Tensor], value: float) -> Tensor:

@@ -1,0 +1,15 @@
+"""Sparse DETR, keep ratio 30 %, with a backbone of timm, on data of your own on a small machine.
+
+As sparse_detr_r50_custom but for the backbone: model.backbone.name=resnet18, or another. Needs the package
+timm; see docs/backbones.md.
+"""
+
+from ..models.backbones import timm, timm_input
+from .sparse_detr_r50_custom import data, dataloader, lr_multiplier, model, optimizer, train
+
+model.update(timm_input)
+model.backbone = timm.backbone
+model.in_features = timm.in_features
+model.neck.in_channels = timm.in_channels
+train.init_checkpoint = "timm://${model.backbone.name}"  # ImageNet weights
+train.output_dir = "./output/quick/sparse_detr_timm_custom"
