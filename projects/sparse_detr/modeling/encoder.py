@@ -74,6 +74,7 @@ class Encoder(nn.Module):
         elastic: the keep ratios that training draws from, or None: it takes ``keep_ratio``.
     """
 
+    keep_ratio: Any  # float, or None for all tokens; where a method has one
     running_value = True
     needs_decoder_samples = False
     needs_proposal_head = False

@@ -22,6 +22,7 @@ from ..yacs_config import from_yacs
 from .backbone import fold_frozen_norms
 from .boxes import xyxy_to_cxcywh
 from .criterion import BatchPart, SetCriterion
+from .elastic import KeepRatios
 from .layers import ChannelMapper, tensor_like
 from .matcher import Target
 from .postprocess import detections
@@ -152,7 +153,7 @@ class SetDetector(nn.Module):
             images = self.preprocess(batched_inputs)
             targets = self.targets(batched_inputs)
             if self.transformer.encoder.elastic is not None:
-                return self._elastic_losses(images, targets, part)
+                return self._elastic_losses(self.transformer.encoder.elastic, images, targets, part)
             output = self.detect(images, targets)
             return self.losses(output, targets, part)
         # Some encoders look at the whole batch: such an image must not reach them.
@@ -241,27 +242,24 @@ class SetDetector(nn.Module):
         return maps, masks, sizes, padded
 
     def _elastic_losses(
-        self, images: ImageList, targets: list[Target], part: BatchPart | None
+        self, ratios: KeepRatios, images: ImageList, targets: list[Target], part: BatchPart | None
     ) -> dict[str, Tensor]:
-        """Losses of a batch whose images have different keep ratios (``elastic``)."""
+        """``losses`` of a batch whose images have different keep ratios."""
         encoder = self.transformer.encoder
         maps, masks, sizes, padded = self._levels(images)
         part = part or BatchPart(sum(len(t.labels) for t in targets))
         step = get_event_storage().iter if has_event_storage() else 0
-        usual, losses = encoder.keep_ratio, {}
-        for ratio, members in encoder.elastic.groups(len(targets), step):
-            encoder.keep_ratio = ratio
-            output = self._transform(
-                [level[members] for level in maps],
-                [level[members] for level in masks],
-                sizes[members],
-                padded,
-                targets[members],
-            )
-            share = len(targets[members]) / len(targets)
-            for name, value in self.losses(output, targets[members], part, share).items():
-                losses[name] = losses.get(name, 0.0) + value
-        encoder.keep_ratio = usual
+        losses: dict[str, Tensor] = {}
+        usual = encoder.keep_ratio
+        try:
+            for encoder.keep_ratio, members in ratios.groups(len(targets), step):
+                some_maps, some_masks = ([x[members] for x in levels] for levels in (maps, masks))
+                output = self._transform(some_maps, some_masks, sizes[members], padded, targets[members])
+                share = len(targets[members]) / len(targets)
+                for name, value in self.losses(output, targets[members], part, share).items():
+                    losses[name] = losses[name] + value if name in losses else value
+        finally:
+            encoder.keep_ratio = usual
         return losses
 
     def _check_autocast(self) -> None:

@@ -75,9 +75,14 @@ class SparseEncoder(Encoder):
         elastic: Sequence[float] | None = None,
     ):
         super().__init__()
-        self.elastic = None if elastic is None else KeepRatios(*elastic)
         if scoring not in SCORINGS:
             raise ValueError(f"SparseEncoder: scoring={scoring!r} is not one of {', '.join(SCORINGS)}")
+        if elastic is not None and keep_ratio is None:
+            raise ValueError(
+                f"SparseEncoder: elastic={list(elastic)} needs a scoring network: set keep_ratio to what "
+                "inference shall use, such as 0.3"
+            )
+        self.elastic = None if elastic is None else KeepRatios(*elastic)
         self.layers = clone_layers(layer, num_layers)
         self.scoring = scoring
         self.loss_weight = loss_weight
