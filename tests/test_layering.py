@@ -30,7 +30,10 @@ RULES = (
     (r"kernels(\..*)?", r"kernels(\..*)?"),
     (BASE, rf"kernels|{BASE}"),
     # ... and its own helpers, see `is_own_helper`
-    (r"modeling\.encoders\..*", rf"kernels|{BASE}|modeling\.(encoder|cascade|selection|heads|proposals)"),
+    (
+        r"modeling\.encoders\..*",
+        rf"kernels|{BASE}|modeling\.(encoder|cascade|elastic|selection|heads|proposals)",
+    ),
     (r"modeling\.encoders", r"modeling\.encoders\..*"),
     (r"modeling\.(transformer|postprocess|\w*backbone)", r"modeling\.(?!encoders|meta_arch).*|errors"),
     (r"modeling\.meta_arch", r"modeling\.(?!encoders).*|devices|errors|yacs_config"),

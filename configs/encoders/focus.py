@@ -25,4 +25,5 @@ encoder = L(FocusEncoder)(
     size_ranges=[[-1, 64], [64, 128], [128, 256], [256, 999999]],
     loss_weight=1.5,
     mask_padding="${model.exact_sizes}",
+    elastic=None,  # or the range to train for, [0.1, 1]
 )

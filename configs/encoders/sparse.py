@@ -24,4 +24,5 @@ encoder = L(SparseEncoder)(
     loss_weight=1.0,
     scoring="attention_map",  # or "objectness"
     mask_padding="${model.exact_sizes}",
+    elastic=None,  # or the range to train for, [0.05, 1]
 )

@@ -6,6 +6,7 @@ from .cascade import CascadeEncoder, DualAttentionLayer
 from .criterion import Predictions, SetCriterion
 from .decoder import DecoderOutput, DeformableDecoder, DeformableDecoderLayer
 from .denoising import ContrastiveDenoising
+from .elastic import KeepRatios
 from .encoder import DeformableEncoderLayer, DenseEncoder, Encoder, EncoderLayer, EncoderOutput
 from .encoders import *  # noqa: F403  all encoders
 from .encoders import __all__ as _encoders
@@ -51,6 +52,7 @@ __all__ = [
     "FusionNeck",
     "HungarianMatcher",
     "HybridQueries",
+    "KeepRatios",
     "LearnedQueries",
     "LiteDETR",
     "MSDeformAttn",

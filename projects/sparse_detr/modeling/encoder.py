@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .elastic import KeepRatios
 from .heads import DetectionHeads
 from .layers import FFN, TransformerLayer, clone_layers
 from .selection import ChosenTokens, TokenRange, TokenSet
@@ -70,8 +71,10 @@ class Encoder(nn.Module):
         running_value: layers attend to the tokens as refreshed so far; False: to the encoder's input.
         needs_decoder_samples: ask the decoder to record, in training, where it looked.
         needs_proposal_head: ``steps`` or ``refresh`` uses the two-stage head.
+        elastic: the keep ratios that training draws from, or None: it takes ``keep_ratio``.
     """
 
+    keep_ratio: Any  # float, or None for all tokens; where a method has one
     running_value = True
     needs_decoder_samples = False
     needs_proposal_head = False
@@ -89,6 +92,7 @@ class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
         self.heads: DetectionHeads | None = None
+        self.elastic: KeepRatios | None = None
 
     def forward(self, tokens: Tokens, proposal_head: ProposalHead | None = None) -> EncoderOutput:
         """Refresh ``tokens``, those that ``steps`` names, layer by layer."""

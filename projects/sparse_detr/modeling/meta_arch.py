@@ -22,6 +22,7 @@ from ..yacs_config import from_yacs
 from .backbone import fold_frozen_norms
 from .boxes import xyxy_to_cxcywh
 from .criterion import BatchPart, SetCriterion
+from .elastic import KeepRatios
 from .layers import ChannelMapper, tensor_like
 from .matcher import Target
 from .postprocess import detections
@@ -159,6 +160,8 @@ class SetDetector(nn.Module):
         if self.training:
             images = self.preprocess(batched_inputs)
             targets = self.targets(batched_inputs)
+            if self.transformer.encoder.elastic is not None:
+                return self._elastic_losses(self.transformer.encoder.elastic, images, targets, part)
             output = self.detect(images, targets)
             return self.losses(output, targets, part)
         # Some encoders look at the whole batch: such an image must not reach them.
@@ -230,12 +233,42 @@ class SetDetector(nn.Module):
         """Everything between the normalised batch and the predictions."""
         if self.pixel_mean.dtype in (torch.float16, torch.bfloat16):
             self._check_autocast()
+        maps, masks, sizes, padded = self._levels(images)
+        return self._transform(maps, masks, sizes, padded, targets)
+
+    def _levels(
+        self, images: ImageList
+    ) -> tuple[list[Tensor], list[Tensor], list[tuple[int, int]], tuple[int, int]]:
+        """Maps (B, C, H_l, W_l) and masks (B, H_l, W_l) of the batch, its sizes and its padded size."""
         sizes = [(height, width) for height, width in images.image_sizes]
         padded = images.tensor.shape[-2], images.tensor.shape[-1]
         if self.pad_features and any(size != sizes[0] for size in sizes[1:]):
             maps, masks = self._maps_of_each_size(images.tensor, sizes)
-            return self._transform(maps, masks, sizes, padded, targets)
-        return self.decode(self._features(images.tensor), sizes, padded, targets)
+        else:
+            maps = self.neck(self._features(images.tensor))
+            masks = self._masks(maps, sizes, padded)
+        return maps, masks, sizes, padded
+
+    def _elastic_losses(
+        self, ratios: KeepRatios, images: ImageList, targets: list[Target], part: BatchPart | None
+    ) -> dict[str, Tensor]:
+        """``losses`` of a batch whose images have different keep ratios."""
+        encoder = self.transformer.encoder
+        maps, masks, sizes, padded = self._levels(images)
+        part = part or BatchPart(sum(len(t.labels) for t in targets))
+        step = get_event_storage().iter if has_event_storage() else 0
+        losses: dict[str, Tensor] = {}
+        usual = encoder.keep_ratio
+        try:
+            for encoder.keep_ratio, members in ratios.groups(len(targets), step):
+                some_maps, some_masks = ([x[members] for x in levels] for levels in (maps, masks))
+                output = self._transform(some_maps, some_masks, sizes[members], padded, targets[members])
+                share = len(targets[members]) / len(targets)
+                for name, value in self.losses(output, targets[members], part, share).items():
+                    losses[name] = losses[name] + value if name in losses else value
+        finally:
+            encoder.keep_ratio = usual
+        return losses
 
     def _check_autocast(self) -> None:
         """A model that was cast as a whole: coordinates need more digits than half precision has."""
@@ -351,12 +384,21 @@ class SetDetector(nn.Module):
             )
 
     def losses(
-        self, output: TransformerOutput, targets: list[Target], part: BatchPart | None = None
+        self,
+        output: TransformerOutput,
+        targets: list[Target],
+        part: BatchPart | None = None,
+        share: float = 1.0,
     ) -> dict[str, Tensor]:
-        """Weighted losses of the criterion and of the encoder."""
+        """Weighted losses of the criterion and of the encoder.
+
+        Args:
+            share: of the images that ``part`` counts the objects of; the encoder's losses are means.
+        """
         losses = self.criterion(self.transformer.predictions(output), targets, part)
         encoder = self.transformer.encoder
-        losses.update(encoder.losses(output.encoded, output.decoded, output.tokens, targets))
+        own = encoder.losses(output.encoded, output.decoded, output.tokens, targets)
+        losses.update({name: value * share for name, value in own.items()})
         if has_event_storage():
             for name, value in output.encoded.metrics.items():
                 get_event_storage().put_scalar(name, value)

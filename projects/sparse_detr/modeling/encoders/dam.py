@@ -6,10 +6,13 @@ four nearest tokens and summed, is ``kernels.attention_map_splat``.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..elastic import KeepRatios
 from ..layers import at_least_float32
 from ..tokens import LevelShapes, gather_tokens
 
@@ -29,6 +32,24 @@ def attention_map_target(attention_map: Tensor, mask: Tensor, owned: Tensor) -> 
     ranking = attention_map.masked_fill(mask, -1.0)  # a sum of attention weights is never negative
     best = ranking.topk(owned.shape[1], dim=1).indices  # (B, K)
     return torch.zeros_like(attention_map).scatter_(1, best, owned.to(attention_map.dtype))
+
+
+def attention_map_share(attention_map: Tensor, mask: Tensor, ratios: KeepRatios) -> Tensor:
+    """Of the keep ratios, even in their logarithm, the share at which each token would be a target.
+
+    The mean of ``attention_map_target`` over budgets: it grows with a token's rank at every budget, and
+    does not depend on the one that the step has drawn.
+
+    Args:
+        attention_map: (B, N); mask: (B, N) bool, True on padding, whose share is 0.
+
+    Returns:
+        (B, N) in [0, 1], dtype of ``attention_map``.
+    """
+    rank = attention_map.masked_fill(mask, -1.0).argsort(dim=1, descending=True).argsort(dim=1)
+    needed = rank / (~mask).sum(1, keepdim=True)  # the keep ratio from which on it is a target
+    share = torch.log(ratios.highest / needed) / math.log(ratios.highest / ratios.lowest)
+    return share.clamp(0.0, 1.0).masked_fill(mask, 0.0).to(attention_map.dtype)
 
 
 def scoring_loss(scores: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..boxes import pixel_boxes
 from ..cascade import CascadeEncoder, DualAttentionLayer
+from ..elastic import KeepRatios
 from ..encoder import EncoderOutput
 from ..selection import TokenSet, keep_best
 from ..tokens import Tokens
@@ -38,8 +39,11 @@ class FocusEncoder(CascadeEncoder):
             0.5; the paper's "30 %" is the mean over the layers, 0.5 * mean(layer_ratios).
         strides: cell size of each level in pixels; size_ranges: see ``foreground_targets``.
         distance: "side" as published, or "centre" as the paper describes.
+        elastic: (lowest, highest) keep ratio that training draws from, for a model that serves any of
+            them; None trains at ``keep_ratio``.
     """
 
+    keep_ratio: float
     published_names = {
         "detrex": (
             (r"^transformer\.alpha$", "foreground.alpha"),
@@ -68,6 +72,7 @@ class FocusEncoder(CascadeEncoder):
         probabilities: bool = False,
         running_value: bool = False,
         mask_padding: bool = False,
+        elastic: Sequence[float] | None = None,
     ):
         super().__init__(
             layer=layer,
@@ -87,6 +92,7 @@ class FocusEncoder(CascadeEncoder):
         if distance not in DISTANCES:
             raise ValueError(f"FocusEncoder: distance={distance!r} is not one of {', '.join(DISTANCES)}")
         self.keep_ratio = keep_ratio
+        self.elastic = None if elastic is None else KeepRatios(*elastic)
         self.strides = tuple(strides)
         self.distance = distance
 

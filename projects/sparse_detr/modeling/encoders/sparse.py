@@ -10,18 +10,20 @@ from __future__ import annotations
 
 __all__ = ["SparseEncoder"]
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...kernels import attention_map_splat
+from ..elastic import KeepRatios
 from ..encoder import DeformableEncoderLayer, Encoder, EncoderOutput, Steps
 from ..heads import DetectionHeads
 from ..layers import clone_layers
 from ..selection import ChosenTokens, TokenRange, TokenScorer, keep_best
 from ..tokens import Tokens
-from .dam import attention_map_target, correspondence, scoring_loss
+from .dam import attention_map_share, attention_map_target, correspondence, scoring_loss
 
 if TYPE_CHECKING:
     from ..decoder import DecoderOutput
@@ -50,6 +52,8 @@ class SparseEncoder(Encoder):
             penalised like a decoder layer (losses ``*_backbone``).
         mask_padding: leave padding out of the scoring network's mean and of its loss, so that an
             image is scored the same alone and in any batch. The published code averages over it.
+        elastic: (lowest, highest) keep ratio that training draws from, for a model that serves any of
+            them; None trains at ``keep_ratio``.
     """
 
     needs_proposal_head = True
@@ -68,10 +72,17 @@ class SparseEncoder(Encoder):
         loss_weight: float = 1.0,
         scoring: str = "attention_map",
         mask_padding: bool = False,
+        elastic: Sequence[float] | None = None,
     ):
         super().__init__()
         if scoring not in SCORINGS:
             raise ValueError(f"SparseEncoder: scoring={scoring!r} is not one of {', '.join(SCORINGS)}")
+        if elastic is not None and keep_ratio is None:
+            raise ValueError(
+                f"SparseEncoder: elastic={list(elastic)} needs a scoring network: set keep_ratio to what "
+                "inference shall use, such as 0.3"
+            )
+        self.elastic = None if elastic is None else KeepRatios(*elastic)
         self.layers = clone_layers(layer, num_layers)
         self.scoring = scoring
         self.loss_weight = loss_weight
@@ -144,7 +155,10 @@ class SparseEncoder(Encoder):
             [layer.weights for layer in decoded.samples],
             tokens.shapes,
         )  # (B, N)
-        target = attention_map_target(attention_map, tokens.mask, encoded.selected_mask)
+        if self.elastic is None:
+            target = attention_map_target(attention_map, tokens.mask, encoded.selected_mask)
+        else:
+            target = attention_map_share(attention_map, tokens.mask, self.elastic)
         encoded.intermediate.update(attention_map=attention_map, target=target)
         # The share of the decoder's attention on the kept tokens, of all levels and of each.
         shares = correspondence(attention_map, encoded.kept.ranked, tokens.shapes)

@@ -1,0 +1,50 @@
+"""Elastic training: one model for every keep ratio.
+
+The weights of a token-sparse encoder do not depend on its keep ratio, but trained at one ratio they
+serve that ratio. Here the images of a training batch get different ones: half of them the highest,
+the others ratios drawn from the whole range, as in the sandwich rule of universally slimmable
+networks (Yu and Huang, ICCV 2019). All pass through the backbone together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill [0, 1) evenly
+
+
+@dataclass(frozen=True)
+class KeepRatios:
+    """The keep ratios ``lowest`` to ``highest`` that a model is trained for, even in their logarithm."""
+
+    lowest: float
+    highest: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lowest < self.highest <= 1:
+            raise ValueError(
+                f"elastic=[{self.lowest}, {self.highest}] must be the lowest and the highest keep ratio "
+                "to train for, in (0, 1]"
+            )
+
+    def quantile(self, share: float) -> float:
+        """The ratio below which ``share`` of the range lies."""
+        return self.lowest * (self.highest / self.lowest) ** share
+
+    def groups(self, batch_size: int, step: int) -> Iterator[tuple[float, slice]]:
+        """The keep ratio of each part of a batch, a function of ``step`` alone: the same in all processes
+        and in a resumed run.
+
+        Half of the images, in turn the larger and the smaller half, take the highest ratio; one ratio
+        from each half of the range goes to the others.
+        """
+        full = (batch_size + step % 2) // 2
+        if full:
+            yield self.highest, slice(0, full)
+        rest = batch_size - full
+        parts = min(rest, 2)
+        shift = step * _GOLDEN % 1
+        for part in range(parts):
+            start, stop = (full + rest * edge // parts for edge in (part, part + 1))
+            yield self.quantile((part + shift) / parts), slice(start, stop)
