@@ -147,5 +147,5 @@ def test_peers_detect(name, package):
         pytest.importorskip("onnxscript")
     torch.manual_seed(0)
     with torch.inference_mode():
-        found = getattr(peers, name)().eval()(torch.rand(1, 3, 96, 128))
+        found = getattr(peers, name)().eval()(torch.rand(1, 3, 256, 256))
     assert found
