@@ -13,7 +13,9 @@
 `op` first checks that all contenders compute the same. An op peer is called as
 `function(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)`, a model
 peer without arguments and returns a module that is called with an image (1, 3, H, W). Contenders take
-turns; a ratio is the median over rounds, with its quartiles in brackets. Measure on a quiet machine.
+turns; a ratio is the median over rounds, with its quartiles in brackets. "Of the limit" is the share
+of the time that a model's multiply-adds would take at the machine's rate for large products, measured
+in the same run. Peers: benchmarks/peers.py. Measure on a quiet machine.
 """
 
 import argparse
@@ -27,7 +29,7 @@ import torch
 
 from benchmarks import ops
 from benchmarks.report import machine, markdown, megabytes, milliseconds, write_json
-from benchmarks.timing import Timing
+from benchmarks.timing import Timing, product_rate
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -59,6 +61,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="a shipped config or a file, quoted together with its overrides",
     )
     model.add_argument("--size", type=_checkout.image_size, default=(800, 1066), metavar="HxW")
+    model.add_argument("--bf16", action="store_true", help="each of our models in bfloat16 as well")
     model.add_argument("--train", action="store_true", help="a training step too: time and memory")
     args = parser.parse_args(argv)
     args.rounds = args.rounds or (15 if args.command == "op" else 7)
@@ -122,14 +125,27 @@ def benchmark_models(args: argparse.Namespace) -> tuple[str, list[dict]]:
 
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
     contenders = [models.ours(text, args.device) for text in args.models]
+    if args.bf16:
+        contenders += [models.in_bfloat16(contender) for contender in contenders]
     contenders += [models.peer(text, args.device) for text in args.peer]
     names = [c.name for c in contenders]
     if len(set(names)) < len(names):
         raise SystemExit(f"two models have the same name, write NAME=CONFIG: {names}")
+    rates = {
+        dtype: product_rate(args.device, dtype)
+        for dtype in (torch.float32, *([torch.bfloat16] if args.bf16 else []))
+    }
     models.measure(contenders, args.size, args.rounds, args.device)
     if args.train:
         models.measure_training(contenders, args.size, max(2, args.rounds // 2), args.device)
-    rows, records = [], []
+    rows: list[list[object]] = [
+        ["large product", str(dtype).removeprefix("torch."), "", "", f"{rate / 1e9:.0f} GMAC/s", "", ""]
+        for dtype, rate in rates.items()
+    ]
+    records: list[dict] = [
+        {"part": "large product", "name": str(dtype), "multiply_adds_per_second": rate}
+        for dtype, rate in rates.items()
+    ]
     for part in ("model", "encoder", "training step"):
         base = contenders[0].timings.get(part)
         for contender in contenders:
@@ -137,6 +153,8 @@ def benchmark_models(args: argparse.Namespace) -> tuple[str, list[dict]]:
             if timing is None:
                 continue
             against = "" if timing is base or base is None else ratio(timing, base)
+            macs = models.multiply_adds(contender, args.size) if part == "model" else None
+            limit = None if macs is None else macs / rates[contender.dtype]  # seconds
             rows.append(
                 [
                     part,
@@ -144,6 +162,7 @@ def benchmark_models(args: argparse.Namespace) -> tuple[str, list[dict]]:
                     f"{timing.best:.3f}",
                     f"{timing.median:.3f}",
                     against,
+                    "" if limit is None else f"{limit / timing.median:.0%}",
                     megabytes(timing.memory),
                 ]
             )
@@ -152,11 +171,13 @@ def benchmark_models(args: argparse.Namespace) -> tuple[str, list[dict]]:
                     "part": part,
                     "name": contender.name,
                     "parameters": contender.parameters,
+                    "multiply_adds": macs,
                     "seconds": timing.seconds,
                     "peak_bytes": timing.memory,
                 }
             )
-    return markdown(["", "", "best s", "median s", f"faster than {names[0]}", "peak MB"], rows), records
+    head = ["", "", "best s", "median s", f"faster than {names[0]}", "of the limit", "peak MB"]
+    return markdown(head, rows), records
 
 
 def main() -> None:

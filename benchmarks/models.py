@@ -12,6 +12,8 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from sparse_detr import config
+from sparse_detr.analysis import analyze
+from sparse_detr.devices import mixed_precision
 from sparse_detr.modeling.meta_arch import SetDetector
 
 from .ops import load
@@ -26,6 +28,7 @@ class Contender:
     model: nn.Module
     detect: Callable[[Tensor], object]
     encoder: nn.Module | None
+    dtype: torch.dtype = torch.float32  # of the products
     timings: dict[str, Timing] = field(default_factory=dict)  # "model", "encoder", "training step"
 
     @property
@@ -49,6 +52,23 @@ def ours(text: str, device: str) -> Contender:
         lambda image: model.detect(ImageList(image, [tuple(image.shape[-2:])])),
         model.transformer.encoder,
     )
+
+
+def in_bfloat16(contender: Contender) -> Contender:
+    """The same model under autocast, as ``Predictor(dtype="bfloat16")`` runs it."""
+
+    def detect(image: Tensor) -> object:
+        with mixed_precision(image.device, torch.bfloat16):
+            return contender.detect(image)
+
+    return Contender(f"{contender.name}, bf16", contender.model, detect, None, torch.bfloat16)
+
+
+def multiply_adds(contender: Contender, size: tuple[int, int]) -> int | None:
+    """Of one image; None for peers, whose operators nobody has told fvcore."""
+    if not isinstance(contender.model, SetDetector):
+        return None
+    return analyze(contender.model, size).total.macs
 
 
 def peer(text: str, device: str) -> Contender:
@@ -105,22 +125,22 @@ def measure_training(
     )
     image = (torch.rand(3, height, width, generator=g) * 255).to(device)
 
-    def step(model: SetDetector, _: int = 0) -> None:
-        model.zero_grad(set_to_none=True)
-        sum(model([{"image": image, "instances": instances}]).values()).backward()
+    def step(contender: Contender, _: int = 0) -> None:
+        contender.model.zero_grad(set_to_none=True)
+        with mixed_precision(image.device, contender.dtype):
+            losses = contender.model([{"image": image, "instances": instances}])
+        sum(losses.values()).backward()
 
     trained = [c for c in contenders if isinstance(c.model, SetDetector)]
     for contender in trained:
         contender.model.train()
         contender.model.requires_grad_(True)  # frozen layers too, so that bases compare alike
-    found = take_turns(
-        {c.name: lambda n, c=c: step(c.model, n) for c in trained}, rounds, device, "training step"
-    )
+    found = take_turns({c.name: lambda n, c=c: step(c, n) for c in trained}, rounds, device, "training step")
     for contender in trained:
         contender.timings["training step"] = found[contender.name]
         contender.model.zero_grad(set_to_none=True)
-        step(contender.model)  # gradients exist already, as in all steps but the first
-        found[contender.name].memory = peak_memory(lambda c=contender: step(c.model), device)
+        step(contender)  # gradients exist already, as in all steps but the first
+        found[contender.name].memory = peak_memory(lambda c=contender: step(c), device)
         contender.model.zero_grad(set_to_none=True)
 
 

@@ -84,6 +84,13 @@ def _cuda_seconds(call: Callable[[int], object], start: int, count: int) -> floa
     return begin.elapsed_time(end) / 1e3 / count
 
 
+def product_rate(device: str, dtype: torch.dtype, size: int = 2048) -> float:
+    """Multiply-adds per second of a large matrix product: what no model exceeds."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    timing = take_turns({"product": lambda _: a @ b}, 5, device)["product"]
+    return size**3 / timing.best
+
+
 def peak_memory(call: Callable[[], object], device: str) -> int:
     """Most bytes of tensors that are alive at once during a call, above those alive before."""
     if device == "cuda":

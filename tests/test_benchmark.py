@@ -1,12 +1,15 @@
 """benchmarks/benchmark.py at sizes that take seconds: it runs, compares equals and says what it measured."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks import peers
 from benchmarks.report import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +94,7 @@ def test_models_and_a_peer(tmp_path):
         "dense=quick/deformable_detr_shapes",
         "sparse=quick/sparse_detr_shapes model.transformer.encoder.keep_ratio=0.1",
         "--train",
+        "--bf16",
         "--size",
         "96x128",
         "--rounds",
@@ -104,14 +108,44 @@ def test_models_and_a_peer(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "model.json").read_text())["results"]
+    rates = {r["name"]: r["multiply_adds_per_second"] for r in found if r["part"] == "large product"}
+    assert set(rates) == {"torch.float32", "torch.bfloat16"} and min(rates.values()) > 1e6
+    found = [r for r in found if r["part"] != "large product"]
+    macs = {r["name"]: r["multiply_adds"] for r in found if r["part"] == "model"}
+    assert macs["dense"] == macs["dense, bf16"] > macs["sparse"] > 0 and macs["mine"] is None
+    assert "of the limit" in done.stdout and re.search(r"\| model +\| +dense +\|.*\d%", done.stdout)
     assert {(r["part"], r["name"]) for r in found} == {
         ("model", "dense"),
         ("model", "sparse"),
+        ("model", "dense, bf16"),
+        ("model", "sparse, bf16"),
         ("model", "mine"),
         ("encoder", "dense"),
         ("encoder", "sparse"),
         ("training step", "dense"),
         ("training step", "sparse"),
+        ("training step", "dense, bf16"),
+        ("training step", "sparse, bf16"),
     }
     memory = {r["name"]: r["peak_bytes"] for r in found if r["part"] == "training step"}
     assert memory["dense"] > 1e6 and memory["sparse"] > 1e6
+
+
+@pytest.mark.parametrize(
+    "name, package",
+    [
+        ("deformable_detr", "transformers"),
+        ("rt_detr_r50", "transformers"),
+        ("faster_rcnn", "torchvision"),
+        ("onnxruntime", "onnxruntime"),
+        ("openvino", "openvino"),
+    ],
+)
+def test_peers_detect(name, package):
+    pytest.importorskip(package)
+    if package in ("onnxruntime", "openvino"):
+        pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        found = getattr(peers, name)().eval()(torch.rand(1, 3, 256, 256))
+    assert found
