@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -305,3 +306,30 @@ def test_parquet(run_folder, images, alone, tmp_path):
     check(parquet.read_table(tmp_path / "found.parquet").to_pylist(), alone)
     results.write_parquet(tmp_path / "found", tmp_path / "groups.parquet", rows=3)
     check(parquet.read_table(tmp_path / "groups.parquet").to_pylist(), alone)
+
+
+@pytest.mark.slow
+def test_the_recipe_for_ray(run_folder, images, alone, tmp_path, monkeypatch):
+    """The code of docs/predict.md on a local Ray with two workers: the detections of one process."""
+    ray = pytest.importorskip("ray")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    page = (ROOT / "docs" / "predict.md").read_text()
+    (code,) = [c for c in re.findall("```python\n(.*?)```", page, re.S) if "import ray" in c]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "my_run").symlink_to(run_folder)
+    (tmp_path / "photos").symlink_to(images)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        exec(code.replace("num_gpus=1", "num_gpus=0"), {})
+    finally:
+        ray.shutdown()
+    rows = [
+        row for path in (tmp_path / "found").glob("*.parquet") for row in parquet.read_table(path).to_pylist()
+    ]
+    failed = [row for row in rows if row["error"]]
+    assert [row["file_name"] for row in failed] == ["photos/broken.jpg"]
+    found = [
+        {**r, "file_name": str(images / r["file_name"][len("photos/") :])} for r in rows if not r["error"]
+    ]
+    check(found, alone)
