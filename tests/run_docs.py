@@ -99,7 +99,7 @@ SMALL_YACS = {
     "MODEL": "\n  DEVICE: cpu",
 }
 
-OPTIONAL = ("sahi",)
+OPTIONAL = ("sahi", "ray")
 
 # Checkpoints that the docs name, and the config whose model they hold.
 CHECKPOINTS = {
@@ -144,7 +144,9 @@ def program(page: Path) -> str:
     missing = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
     lines: list[str] = []
     for line, language, text in code(page):
-        if language == "python" and not any(f"from {name}" in text for name in missing):
+        if language == "python" and not any(
+            re.search(rf"^(from|import) {name}\b", text, re.M) for name in missing
+        ):
             lines += [""] * (line - 1 - len(lines)) + text.splitlines()
     return "\n".join(lines)
 
@@ -258,6 +260,7 @@ def draw_data(folder: Path) -> None:
         cv2.imwrite(str(folder / "photos" / f"{path.stem}.jpg"), image)
     film.release()
     cv2.imwrite(str(folder / "image.jpg"), image)
+    (folder / "list.txt").write_text("image.jpg\n")
 
 
 def write_weights(folder: Path) -> None:

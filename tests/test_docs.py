@@ -47,6 +47,9 @@ def known_flags(script):
     """The flags that a script adds to its parser, and detectron2's where it uses them."""
     source = (ROOT / script).read_text(encoding="utf-8")
     called = re.findall(r"_checkout\.(\w+)\(", source)
+    module = re.search(r"^from sparse_detr\.(\w+) import main$", source, re.M)  # the tool is the package's
+    if module:
+        source += (ROOT / "projects" / "sparse_detr" / f"{module[1]}.py").read_text(encoding="utf-8")
     shared = ast.parse((ROOT / "tools" / "_checkout.py").read_text(encoding="utf-8")).body
     parts = [ast.parse(source), *(x for x in shared if getattr(x, "name", None) in called)]
     flags = {"--help"}

@@ -58,6 +58,8 @@ RULES = (
         r"__init__|kernels|modeling(\..*)?|config|devices|errors|engine\.checkpoint|data\.image"
         r"|predictor|analysis|overlays|visualize|export",
     ),
+    (r"results", r"errors"),
+    (r"bulk", r"data\.image|engine\.processes|errors|predictor|results"),
 )
 # (importer, the only packages besides the standard library that it may import)
 THIRD_PARTY = (

@@ -48,6 +48,43 @@ class _HasKeepRatio(Protocol):
     keep_ratio: float | None
 
 
+class Preparation:
+    """(H, W, 3) uint8 in BGR order -> the model's input; small enough for the workers of a ``DataLoader``.
+
+    Args:
+        augmentations: the resizing of the test set.
+        input_format: the model's order of channels, "RGB" or "BGR".
+    """
+
+    def __init__(self, augmentations: T.AugmentationList, input_format: str) -> None:
+        self.augmentations = augmentations
+        self.input_format = input_format
+
+    def __call__(self, image: np.ndarray) -> dict:
+        """A dict with ``image`` (3, h, w) uint8, resized, and ``height`` and ``width`` of what came.
+
+        Raises:
+            ValueError: ``image`` has another type or shape.
+        """
+        if not isinstance(image, np.ndarray):
+            raise ValueError(
+                f"expected an image (H, W, 3) as a uint8 numpy array, got {type(image).__name__}"
+                + ("; cv2.imread returns None for a file it cannot read" if image is None else "")
+            )
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+            raise ValueError(
+                "expected an image (H, W, 3), uint8 from 0 to 255 in BGR order, "
+                f"got an array of shape {image.shape} and dtype {image.dtype}"
+            )
+        height, width = image.shape[:2]
+        if self.input_format == "RGB":
+            image = image[:, :, ::-1]
+        augmented = T.AugInput(image)
+        self.augmentations(augmented)
+        tensor = torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
+        return {"image": tensor, "height": height, "width": width}
+
+
 class Predictor:
     """Detects objects in single images or lists of them.
 
@@ -63,7 +100,9 @@ class Predictor:
         cfg, model: the config and the detector.
         class_names: of the classes that ``pred_classes`` counts; from the checkpoint or, if it has
             none, from the config or the config's test set if detectron2 knows it, else numbers.
+        category_ids: of the same classes, the data set's where detectron2 knows it, else counted from 1.
         metadata: detectron2 ``Metadata`` with these names, for its ``Visualizer``.
+        prepare: the ``Preparation`` of an image, and ``detect`` what then runs; ``__call__`` is both.
         input_format: "BGR", the order of channels that ``__call__`` takes, whatever the model's is.
         resizing: ``short_edge`` and ``max_size`` of the config's test set, in pixels.
 
@@ -93,7 +132,7 @@ class Predictor:
         if checkpoint is None:
             logger.warning("no weights are given: they are random")
         augmentations = self.cfg.dataloader.test.mapper.augmentations
-        self.augmentations = T.AugmentationList(instantiate(augmentations))
+        self.prepare = Preparation(T.AugmentationList(instantiate(augmentations)), self.model.input_format)
         self.resizing = {
             k: augmentations[k]
             for k in ("short_edge", "max_size")
@@ -106,6 +145,9 @@ class Predictor:
         names = checkpoint.get("class_names") if checkpoint else None
         self.metadata = _metadata(self.cfg, self.model.num_classes, names)
         self.class_names = list(self.metadata.thing_classes)
+        ids = self.metadata.get("thing_dataset_id_to_contiguous_id") or {}
+        of_class = {index: category for category, index in ids.items()}
+        self.category_ids = [of_class.get(i, i + 1) for i in range(len(self.class_names))]
 
     @property
     def keep_ratio(self) -> float | None:
@@ -125,7 +167,6 @@ class Predictor:
             raise UserError(f"keep_ratio={value} must lie in (0, 1]")
         encoder.keep_ratio = value
 
-    @torch.no_grad()
     def __call__(self, image: np.ndarray | Sequence[np.ndarray]) -> dict | list[dict]:
         """(H, W, 3) uint8 in BGR order, or a list of such images, which then run as one batch.
 
@@ -143,28 +184,14 @@ class Predictor:
             return self([image])[0]
         if not image:
             return []
-        with mixed_precision(self.model.device, self.dtype):
-            results = self.model([self._prepare(one) for one in image])
-        return [{"instances": r["instances"][r["instances"].scores >= self.threshold]} for r in results]
+        return self.detect([self.prepare(one) for one in image])
 
-    def _prepare(self, image: np.ndarray) -> dict:
-        if not isinstance(image, np.ndarray):
-            raise ValueError(
-                f"expected an image (H, W, 3) as a uint8 numpy array, got {type(image).__name__}"
-                + ("; cv2.imread returns None for a file it cannot read" if image is None else "")
-            )
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-            raise ValueError(
-                "expected an image (H, W, 3), uint8 from 0 to 255 in BGR order, "
-                f"got an array of shape {image.shape} and dtype {image.dtype}"
-            )
-        height, width = image.shape[:2]
-        if self.model.input_format == "RGB":
-            image = image[:, :, ::-1]
-        augmented = T.AugInput(image)
-        self.augmentations(augmented)
-        tensor = torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
-        return {"image": tensor, "height": height, "width": width}
+    @torch.no_grad()
+    def detect(self, entries: list[dict]) -> list[dict]:
+        """One batch of what ``prepare`` returned, see ``__call__``."""
+        with mixed_precision(self.model.device, self.dtype):
+            results = self.model(entries)
+        return [{"instances": r["instances"][r["instances"].scores >= self.threshold]} for r in results]
 
 
 def _build(
