@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterable, Sequence
 from typing import Final, Protocol, runtime_checkable
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from .config import published_weights, resolve_config, stored_classes
 from .devices import mixed_precision, resolve_device, resolve_dtype
+from .dial import HIGHEST, Dial
 from .engine.checkpoint import Checkpointer
 from .errors import UserError
 from .modeling import SetDetector
@@ -56,6 +58,9 @@ class Predictor:
         threshold: drop detections whose score is lower.
         keep_ratio: share of the tokens that the encoder refreshes, in (0, 1], instead of the
             config's; for models whose encoder has one. Also an attribute that can be set.
+        latency_ms: instead of ``keep_ratio``, milliseconds that 95 of 100 calls may take: the keep ratio
+            is found by a few passes at the first image of each size, see ``dial``. Also an attribute; the
+            one that was set last counts.
         dtype: precision, a torch dtype or its name: torch.bfloat16 and torch.float16 are mixed precision;
             "auto" is bfloat16 where the hardware multiplies in it, else float32.
 
@@ -68,7 +73,8 @@ class Predictor:
         resizing: ``short_edge`` and ``max_size`` of the config's test set, in pixels.
 
     Raises:
-        ValueError: there is no such config or checkpoint, or the model has no keep ratio.
+        ValueError: there is no such config or checkpoint, the model has no keep ratio, or both
+            ``keep_ratio`` and ``latency_ms`` are given.
 
     Example::
 
@@ -87,8 +93,13 @@ class Predictor:
         device: str = "auto",
         threshold: float = 0.0,
         keep_ratio: float | None = None,
+        latency_ms: float | None = None,
         dtype: torch.dtype | str = torch.float32,
     ):
+        if keep_ratio is not None and latency_ms is not None:
+            raise UserError(
+                f"keep_ratio={keep_ratio} and latency_ms={latency_ms}: pass one, the other follows from it"
+            )
         self.cfg, self.model, checkpoint = _build(config, weights, overrides, device)
         if checkpoint is None:
             logger.warning("no weights are given: they are random")
@@ -101,8 +112,10 @@ class Predictor:
         }
         self.threshold = threshold
         self.dtype = resolve_dtype(dtype, self.model.device)
+        self._dial: Dial | None = None
         if keep_ratio is not None:
             self.keep_ratio = keep_ratio
+        self.latency_ms = latency_ms
         names = checkpoint.get("class_names") if checkpoint else None
         self.metadata = _metadata(self.cfg, self.model.num_classes, names)
         self.class_names = list(self.metadata.thing_classes)
@@ -115,15 +128,44 @@ class Predictor:
 
     @keep_ratio.setter
     def keep_ratio(self, value: float) -> None:
+        if value is None or not 0 < value <= 1:
+            raise UserError(f"keep_ratio={value} must lie in (0, 1]")
+        self._set_keep_ratio(value, f"keep_ratio={value}")
+        self._dial = None
+
+    @property
+    def latency_ms(self) -> float | None:
+        """What 95 of 100 calls may take; None where the keep ratio is fixed."""
+        return None if self._dial is None else self._dial.latency_ms
+
+    @latency_ms.setter
+    def latency_ms(self, value: float | None) -> None:
+        if value is None:
+            self._dial = None
+            return
+        if not value > 0:
+            raise UserError(f"latency_ms={value} must be positive")
+        if self.keep_ratio is None:  # which some encoders cannot change any more
+            self._set_keep_ratio(HIGHEST, f"latency_ms={value}")
+        self._dial = Dial(value, self._clock, self.model.device.type)
+
+    def _set_keep_ratio(self, value: float, asked: str) -> None:
         encoder = self.model.transformer.encoder
         if not isinstance(encoder, _HasKeepRatio):
             raise UserError(
-                f"keep_ratio={value}: the encoder of this model, {type(encoder).__name__}, has no "
+                f"{asked}: the encoder of this model, {type(encoder).__name__}, has no "
                 "keep ratio; Sparse DETR's and Focus-DETR's have one"
             )
-        if value is None or not 0 < value <= 1:
-            raise UserError(f"keep_ratio={value} must lie in (0, 1]")
-        encoder.keep_ratio = value
+        try:
+            encoder.keep_ratio = value
+        except ValueError as error:  # built without a scoring network
+            raise UserError(f"{asked}: {error}") from error
+
+    def _clock(self) -> float:
+        """Seconds, when the device has done its work."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        return time.perf_counter()
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray | Sequence[np.ndarray]) -> dict | list[dict]:
@@ -143,8 +185,21 @@ class Predictor:
             return self([image])[0]
         if not image:
             return []
+        if self._dial is None:
+            return self._detect([self._prepare(one) for one in image])
+        start = self._clock()
+        entries = [self._prepare(one) for one in image]
+        height, width = (max(entry["image"].shape[axis] for entry in entries) for axis in (1, 2))
+
+        def run(ratio: float) -> list[dict]:
+            self._set_keep_ratio(ratio, "latency_ms")
+            return self._detect(entries)
+
+        return self._dial((len(entries), height, width), run, start)
+
+    def _detect(self, entries: list[dict]) -> list[dict]:
         with mixed_precision(self.model.device, self.dtype):
-            results = self.model([self._prepare(one) for one in image])
+            results = self.model(entries)
         return [{"instances": r["instances"][r["instances"].scores >= self.threshold]} for r in results]
 
     def _prepare(self, image: np.ndarray) -> dict:
