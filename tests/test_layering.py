@@ -51,9 +51,9 @@ RULES = (
     (r"configs(\..*)?", r"(?!tools|tests|train_net|modeling\.encoders).*"),
     (r"__init__", r"(?!tools|tests|train_net).*"),
     (
-        r"predictor|dial|analysis|overlays|visualize|export",
+        r"predictor|calibrate|dial|analysis|overlays|visualize|export",
         r"__init__|kernels|modeling(\..*)?|config|devices|errors|engine\.checkpoint|data\.image"
-        r"|predictor|dial|analysis|overlays|visualize|export",
+        r"|predictor|calibrate|dial|analysis|overlays|visualize|export",
     ),
 )
 # (importer, the only packages besides the standard library that it may import)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Iterable, Sequence
 from typing import Final, Protocol, runtime_checkable
 
@@ -16,12 +15,13 @@ from detectron2.data import transforms as T
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from .calibrate import token_rankings
 from .config import published_weights, resolve_config, stored_classes
-from .devices import mixed_precision, resolve_device, resolve_dtype
+from .devices import clock, mixed_precision, resolve_device, resolve_dtype
 from .dial import HIGHEST, Dial
 from .engine.checkpoint import Checkpointer
 from .errors import UserError
-from .modeling import SetDetector
+from .modeling import MeanRatio, SetDetector
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,8 @@ class Predictor:
         config, weights, overrides, device: see ``build_model``.
         threshold: drop detections whose score is lower.
         keep_ratio: share of the tokens that the encoder refreshes, in (0, 1], instead of the
-            config's; for models whose encoder has one. Also an attribute that can be set.
+            config's; for models whose encoder has one. Also an attribute that can be set. ``calibrate``
+            makes it a mean, with a number of tokens for each image.
         latency_ms: instead of ``keep_ratio``, milliseconds that 95 of 100 calls may take: the keep ratio
             is found by a few passes at the first image of each size, see ``dial``. Also an attribute; the
             one that was set last counts.
@@ -149,6 +150,25 @@ class Predictor:
             self._set_keep_ratio(HIGHEST, f"latency_ms={value}")
         self._dial = Dial(value, self._clock, self.model.device.type)
 
+    def calibrate(self, images: Iterable[np.ndarray], keep_ratio: float) -> MeanRatio:
+        """Gives each image a number of tokens of its own from here on: ``keep_ratio`` of them on average
+        over ``images``, which are like those to come and need no annotations.
+
+        Returns:
+            The rule, now the value of ``keep_ratio``; another predictor of the same weights takes it, too:
+            ``Predictor(..., keep_ratio=rule)``.
+
+        Raises:
+            ValueError: the model has no keep ratio, there is no image, or ``keep_ratio`` is not in (0, 1].
+        """
+        if not 0 < keep_ratio <= 1:
+            raise UserError(f"keep_ratio={keep_ratio} must lie in (0, 1]")
+        with mixed_precision(self.model.device, self.dtype):
+            rankings = token_rankings(self.model, ([self._prepare(image)] for image in images))
+        rule = MeanRatio.calibrate(rankings, keep_ratio)
+        self.keep_ratio = rule
+        return rule
+
     def _set_keep_ratio(self, value: float, asked: str) -> None:
         encoder = self.model.transformer.encoder
         if not isinstance(encoder, _HasKeepRatio):
@@ -162,10 +182,7 @@ class Predictor:
             raise UserError(f"{asked}: {error}") from error
 
     def _clock(self) -> float:
-        """Seconds, when the device has done its work."""
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        return time.perf_counter()
+        return clock(self.model.device)
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray | Sequence[np.ndarray]) -> dict | list[dict]:

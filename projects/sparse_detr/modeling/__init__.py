@@ -2,6 +2,7 @@
 
 from .attention import MSDeformAttn
 from .backbone import StagedBackbone, build_dilated_resnet, build_swin
+from .budgets import ImageBudgets, MeanRatio, TokenRankings
 from .cascade import CascadeEncoder, DualAttentionLayer
 from .criterion import Predictions, SetCriterion
 from .decoder import DecoderOutput, DeformableDecoder, DeformableDecoderLayer
@@ -49,9 +50,11 @@ __all__ = [
     "FusionNeck",
     "HungarianMatcher",
     "HybridQueries",
+    "ImageBudgets",
     "LearnedQueries",
     "LiteDETR",
     "MSDeformAttn",
+    "MeanRatio",
     "MixedQueries",
     "Predictions",
     "ProposalHead",
@@ -66,6 +69,7 @@ __all__ = [
     "Tokens",
     "TransformerOutput",
     "TokenRange",
+    "TokenRankings",
     "TokenScorer",
     "TokenSet",
     "build_dilated_resnet",
