@@ -22,8 +22,8 @@ sys.path[:0] = [str(ROOT / "projects"), str(ROOT)]
 import numpy as np
 import torch
 from tabulate import tabulate
+from tqdm import trange
 
-from benchmarks.timing import _progress as progress
 from sparse_detr import Predictor
 from sparse_detr.data import read_image
 from sparse_detr.dial import PERCENTILE
@@ -66,13 +66,11 @@ def main() -> None:
         predict.latency_ms = target
         predict(images[0])  # measures
         taken, ratios = [], []
-        for number in range(args.count):
-            progress(f"{target:.0f} ms: {number + 1}/{args.count}")
+        for number in trange(args.count, desc=f"{target:.0f} ms"):
             start = clock()
             predict(images[number % len(images)])
             taken.append(1e3 * (clock() - start))
             ratios.append(predict.keep_ratio)
-        progress("")
         found = np.array(taken)
         rows.append(
             {
