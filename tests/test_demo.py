@@ -86,6 +86,15 @@ def test_a_folder_becomes_pictures_and_coco_json(run_folder, images, tmp_path, c
     assert first[0]["bbox"] == pytest.approx([x0, y0, x1 - x0, y1 - y0], abs=1e-4)
 
 
+def test_a_latency_is_measured_on_this_machine(run_folder, images, capsys, tmp_path):
+    arguments = ["--run", str(run_folder), "--input", str(images / "a.png"), "--device", "cpu"]
+    arguments += ["--json", str(tmp_path / "found.json"), "--latency-ms"]
+    demo.main([*arguments, "100000"])
+    assert "latency_ms=100000 cannot be met" in capsys.readouterr().out  # so slow no ratio is
+    with pytest.raises(UserError, match="keep_ratio=0.5 and latency_ms=9.0: pass one"):
+        demo.main([*arguments, "9", "--keep-ratio", "0.5"])
+
+
 def test_the_json_alone_writes_no_picture(run_folder, images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = [

@@ -54,9 +54,9 @@ RULES = (
     (r"configs(\..*)?", r"(?!tools|tests|train_net|modeling\.encoders).*"),
     (r"__init__", r"(?!tools|tests|train_net).*"),
     (
-        r"predictor|analysis|overlays|visualize|export",
+        r"predictor|calibrate|dial|analysis|overlays|visualize|export",
         r"__init__|kernels|modeling(\..*)?|config|devices|errors|engine\.checkpoint|data\.image"
-        r"|predictor|analysis|overlays|visualize|export",
+        r"|predictor|calibrate|dial|analysis|overlays|visualize|export",
     ),
     (r"results", r"errors"),
     (r"bulk", r"data\.image|engine\.processes|errors|predictor|results"),

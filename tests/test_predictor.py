@@ -15,6 +15,7 @@ from PIL import Image
 
 import sparse_detr
 from sparse_detr.engine import Checkpointer
+from sparse_detr.errors import UserError
 from sparse_detr.overlays import recorded_output
 
 from .modeling.tiny import shrink
@@ -114,6 +115,52 @@ def test_the_keep_ratio_is_a_run_time_choice(config):
     assert kept == pytest.approx([0.2, 0.6], abs=0.01)
     with pytest.raises(ValueError, match=r"keep_ratio=1.5 must lie in \(0, 1\]"):
         predict.keep_ratio = 1.5
+
+
+@pytest.fixture(scope="module")
+def sparse_config():
+    return shrunk(sparse_detr.get_config("sparse_detr/sparse_detr_r50_30_50ep"))
+
+
+def test_a_latency_is_met_by_the_keep_ratio(sparse_config, monkeypatch, caplog):
+    """With a clock that only the refreshed tokens move."""
+    predict = sparse_detr.Predictor(sparse_config, device="cpu", latency_ms=60)
+    image, now = np.zeros((64, 80, 3), np.uint8), [0.0]
+    detect = predict.detect
+
+    def timed(entries):
+        now[0] += len(entries) * (0.02 + 0.1 * predict.keep_ratio)
+        return detect(entries)
+
+    monkeypatch.setattr(predict, "detect", timed)
+    monkeypatch.setattr(predict, "_clock", lambda: now[0])
+    predict.latency_ms = 70  # with the clock as it is now
+    assert len(predict(image)["instances"]) > 0 and predict.keep_ratio == pytest.approx(0.5)
+    assert len(predict([image, image])) == 2 and predict.keep_ratio == pytest.approx(0.15)
+    predict(image)
+    assert predict.keep_ratio == pytest.approx(0.5) and predict.latency_ms == 70
+    with recorded_output(predict.model) as outputs:
+        predict(image)
+    assert len(outputs) == 1  # each size is measured once
+    predict.keep_ratio = 0.2
+    predict(image)
+    assert predict.latency_ms is None and predict.keep_ratio == 0.2
+    predict.latency_ms = 1
+    caplog.clear()
+    predict(image)
+    assert "latency_ms=1 cannot be met" in caplog.text and "25 to 120 ms on this cpu" in caplog.text
+
+
+def test_a_latency_that_cannot_be_asked_for_is_named(run_folder, sparse_config):
+    with pytest.raises(UserError, match="keep_ratio=0.5 and latency_ms=80: pass one"):
+        sparse_detr.Predictor(sparse_config, device="cpu", keep_ratio=0.5, latency_ms=80)
+    with pytest.raises(UserError, match="latency_ms=80: the encoder of this model, DenseEncoder, has no"):
+        sparse_detr.Predictor(str(run_folder), device="cpu", latency_ms=80)
+    with pytest.raises(UserError, match="latency_ms=0 must be positive"):
+        sparse_detr.Predictor(sparse_config, device="cpu", latency_ms=0)
+    all_tokens = ["model.transformer.encoder.keep_ratio=null"]
+    with pytest.raises(UserError, match="latency_ms=80: .*needs a scoring network"):
+        sparse_detr.Predictor(sparse_config, overrides=all_tokens, device="cpu", latency_ms=80)
 
 
 def test_mixed_precision(run_folder):

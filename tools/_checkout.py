@@ -49,6 +49,16 @@ def add_keep_ratio(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_latency(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--latency-ms",
+        type=float,
+        metavar="MS",
+        help="milliseconds an image may take, instead of a keep ratio: measured here, at the first image of "
+        "each size",
+    )
+
+
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",

@@ -4,7 +4,7 @@
     python tools/demo.py --run output/my_run --input photos/ --output pictures
     python tools/demo.py --run output/my_run --input 'photos/*.jpg' more.png --json found.json
     python tools/demo.py --config-file dino/dino_r50_4scale_12ep --weights model.pth --input a.jpg
-    python tools/demo.py --run output/my_run --video-input film.mp4 --output pictures
+    python tools/demo.py --run output/my_run --video-input film.mp4 --output pictures --latency-ms 80
 
 The flags are those of detectron2's demo.py. The JSON has the sections of a COCO annotation file, with
 a `score` in each annotation; the list under "annotations" is what COCO evaluators read as results.
@@ -22,6 +22,7 @@ import _checkout
 import cv2
 import numpy as np
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.utils.logger import setup_logger
 from PIL import Image
 from tqdm import tqdm
 
@@ -205,6 +206,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="lowest score shown (default: 0.5)",
     )
     _checkout.add_keep_ratio(parser)
+    _checkout.add_latency(parser)
     _checkout.add_dtype(parser)
     parser.add_argument("--device", default="auto", help='"cuda", "cpu" (default: the GPU if any)')
     parser.add_argument(
@@ -222,12 +224,15 @@ def main(arguments: list[str] | None = None) -> None:
     video = Path(args.video_input) if args.video_input else None
     output = Path(args.output or "output/pictures") if args.output or not args.json else None
     targets = {} if output is None else drawings(images, video, output)
+    if args.latency_ms is not None:
+        setup_logger(name="sparse_detr")  # shows what was measured
     predict = Predictor(
         args.run or args.config_file,
         args.weights,
         overrides=args.opts,
         device=args.device,
         keep_ratio=args.keep_ratio,
+        latency_ms=args.latency_ms,
         dtype=args.dtype,
     )
     for folder in filter(None, (output, args.json and Path(args.json).parent)):

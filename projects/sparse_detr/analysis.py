@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
+from typing import Any
 
 import torch
 from detectron2.structures import ImageList
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .kernels import fvcore_handles
-from .modeling import SetDetector
+from .modeling import ImageBudgets, SetDetector
 
 COUNTED = (
     "Counted, one per multiply-add: convolutions, linear layers, matrix products (also inside "
@@ -102,6 +103,8 @@ class Analysis:
 def analyze(model: SetDetector, size: tuple[int, int]) -> Analysis:
     """Count parameters and the multiply-adds of one image without padding.
 
+    Where each image has a token budget of its own (``ImageBudgets``), it is an image with the mean.
+
     Args:
         model: on any device and in any mode; it is not changed.
         size: height and width of the network's input in pixels.
@@ -110,6 +113,9 @@ def analyze(model: SetDetector, size: tuple[int, int]) -> Analysis:
     if min(size) < 1:
         raise UserError(f"size={height}x{width} must be positive")
     traced = copy.deepcopy(model).eval()
+    encoder: Any = traced.transformer.encoder
+    if isinstance(ratio := getattr(encoder, "keep_ratio", None), ImageBudgets):
+        encoder.keep_ratio = float(ratio)
     image = torch.zeros(3, height, width, device=model.device)
     counts = FlopCountAnalysis(_Detect(traced), (image,)).set_op_handle(**_HANDLES)
     counts = counts.unsupported_ops_warnings(False).uncalled_modules_warnings(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 
 import torch
 
@@ -64,3 +65,10 @@ def multiplies_in_bfloat16(device: torch.device) -> bool:
 def mixed_precision(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
     """``torch.autocast`` to ``dtype``; float32 is none."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, of work that ``device`` has done: a GPU is waited for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -15,11 +15,13 @@ from detectron2.data import transforms as T
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from .calibrate import token_rankings
 from .config import published_weights, resolve_config, stored_classes
-from .devices import mixed_precision, resolve_device, resolve_dtype
+from .devices import clock, mixed_precision, resolve_device, resolve_dtype
+from .dial import HIGHEST, Dial
 from .engine.checkpoint import Checkpointer
 from .errors import UserError
-from .modeling import SetDetector
+from .modeling import MeanRatio, SetDetector
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +94,11 @@ class Predictor:
         config, weights, overrides, device: see ``build_model``.
         threshold: drop detections whose score is lower.
         keep_ratio: share of the tokens that the encoder refreshes, in (0, 1], instead of the
-            config's; for models whose encoder has one. Also an attribute that can be set.
+            config's; for models whose encoder has one. Also an attribute that can be set. ``calibrate``
+            makes it a mean, with a number of tokens for each image.
+        latency_ms: instead of ``keep_ratio``, milliseconds that 95 of 100 calls may take: the keep ratio
+            is found by a few passes at the first image of each size, see ``dial``. Also an attribute; the
+            one that was set last counts.
         dtype: precision, a torch dtype or its name: torch.bfloat16 and torch.float16 are mixed precision;
             "auto" is bfloat16 where the hardware multiplies in it, else float32.
 
@@ -107,7 +113,8 @@ class Predictor:
         resizing: ``short_edge`` and ``max_size`` of the config's test set, in pixels.
 
     Raises:
-        ValueError: there is no such config or checkpoint, or the model has no keep ratio.
+        ValueError: there is no such config or checkpoint, the model has no keep ratio, or both
+            ``keep_ratio`` and ``latency_ms`` are given.
 
     Example::
 
@@ -126,8 +133,13 @@ class Predictor:
         device: str = "auto",
         threshold: float = 0.0,
         keep_ratio: float | None = None,
+        latency_ms: float | None = None,
         dtype: torch.dtype | str = torch.float32,
     ):
+        if keep_ratio is not None and latency_ms is not None:
+            raise UserError(
+                f"keep_ratio={keep_ratio} and latency_ms={latency_ms}: pass one, the other follows from it"
+            )
         self.cfg, self.model, checkpoint = _build(config, weights, overrides, device)
         if checkpoint is None:
             logger.warning("no weights are given: they are random")
@@ -140,8 +152,10 @@ class Predictor:
         }
         self.threshold = threshold
         self.dtype = resolve_dtype(dtype, self.model.device)
+        self._dial: Dial | None = None
         if keep_ratio is not None:
             self.keep_ratio = keep_ratio
+        self.latency_ms = latency_ms
         names = checkpoint.get("class_names") if checkpoint else None
         self.metadata = _metadata(self.cfg, self.model.num_classes, names)
         self.class_names = list(self.metadata.thing_classes)
@@ -157,15 +171,60 @@ class Predictor:
 
     @keep_ratio.setter
     def keep_ratio(self, value: float) -> None:
+        if value is None or not 0 < value <= 1:
+            raise UserError(f"keep_ratio={value} must lie in (0, 1]")
+        self._set_keep_ratio(value, f"keep_ratio={value}")
+        self._dial = None
+
+    @property
+    def latency_ms(self) -> float | None:
+        """What 95 of 100 calls may take; None where the keep ratio is fixed."""
+        return None if self._dial is None else self._dial.latency_ms
+
+    @latency_ms.setter
+    def latency_ms(self, value: float | None) -> None:
+        if value is None:
+            self._dial = None
+            return
+        if not value > 0:
+            raise UserError(f"latency_ms={value} must be positive")
+        if self.keep_ratio is None:  # which some encoders cannot change any more
+            self._set_keep_ratio(HIGHEST, f"latency_ms={value}")
+        self._dial = Dial(value, self._clock, self.model.device.type)
+
+    def calibrate(self, images: Iterable[np.ndarray], keep_ratio: float) -> MeanRatio:
+        """Gives each image a number of tokens of its own from here on: ``keep_ratio`` of them on average
+        over ``images``, which are like those to come and need no annotations.
+
+        Returns:
+            The rule, now the value of ``keep_ratio``; another predictor of the same weights takes it, too:
+            ``Predictor(..., keep_ratio=rule)``.
+
+        Raises:
+            ValueError: the model has no keep ratio, there is no image, or ``keep_ratio`` is not in (0, 1].
+        """
+        if not 0 < keep_ratio <= 1:
+            raise UserError(f"keep_ratio={keep_ratio} must lie in (0, 1]")
+        with mixed_precision(self.model.device, self.dtype):
+            rankings = token_rankings(self.model, ([self.prepare(image)] for image in images))
+        rule = MeanRatio.calibrate(rankings, keep_ratio)
+        self.keep_ratio = rule
+        return rule
+
+    def _set_keep_ratio(self, value: float, asked: str) -> None:
         encoder = self.model.transformer.encoder
         if not isinstance(encoder, _HasKeepRatio):
             raise UserError(
-                f"keep_ratio={value}: the encoder of this model, {type(encoder).__name__}, has no "
+                f"{asked}: the encoder of this model, {type(encoder).__name__}, has no "
                 "keep ratio; Sparse DETR's and Focus-DETR's have one"
             )
-        if value is None or not 0 < value <= 1:
-            raise UserError(f"keep_ratio={value} must lie in (0, 1]")
-        encoder.keep_ratio = value
+        try:
+            encoder.keep_ratio = value
+        except ValueError as error:  # built without a scoring network
+            raise UserError(f"{asked}: {error}") from error
+
+    def _clock(self) -> float:
+        return clock(self.model.device)
 
     def __call__(self, image: np.ndarray | Sequence[np.ndarray]) -> dict | list[dict]:
         """(H, W, 3) uint8 in BGR order, or a list of such images, which then run as one batch.
@@ -184,7 +243,17 @@ class Predictor:
             return self([image])[0]
         if not image:
             return []
-        return self.detect([self.prepare(one) for one in image])
+        if self._dial is None:
+            return self.detect([self.prepare(one) for one in image])
+        start = self._clock()
+        entries = [self.prepare(one) for one in image]
+        height, width = (max(entry["image"].shape[axis] for entry in entries) for axis in (1, 2))
+
+        def run(ratio: float) -> list[dict]:
+            self._set_keep_ratio(ratio, "latency_ms")
+            return self.detect(entries)
+
+        return self._dial((len(entries), height, width), run, start)
 
     @torch.no_grad()
     def detect(self, entries: list[dict]) -> list[dict]:

@@ -2,6 +2,7 @@
 
 from .attention import MSDeformAttn
 from .backbone import StagedBackbone, build_dilated_resnet, build_resnet_d, build_swin
+from .budgets import ImageBudgets, MeanRatio, TokenRankings
 from .cascade import CascadeEncoder, DualAttentionLayer
 from .criterion import Predictions, SetCriterion
 from .decoder import DecoderOutput, DeformableDecoder, DeformableDecoderLayer
@@ -52,10 +53,12 @@ __all__ = [
     "FusionNeck",
     "HungarianMatcher",
     "HybridQueries",
+    "ImageBudgets",
     "KeepRatios",
     "LearnedQueries",
     "LiteDETR",
     "MSDeformAttn",
+    "MeanRatio",
     "MixedQueries",
     "Predictions",
     "ProposalHead",
@@ -72,6 +75,7 @@ __all__ = [
     "Tokens",
     "TransformerOutput",
     "TokenRange",
+    "TokenRankings",
     "TokenScorer",
     "TokenSet",
     "build_dilated_resnet",

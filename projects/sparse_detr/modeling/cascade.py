@@ -145,12 +145,12 @@ class CascadeEncoder(Encoder):
         mask = tokens.value_mask if self.mask_padding else None
         encoded.scores = self.foreground(projected, tokens, mask)  # (B, N)
         encoded.kept = self.keep(tokens, encoded.scores)
-        budgets = encoded.kept.budgets  # (B,)
+        budgets, apart = encoded.kept.budgets, self._apart(encoded.kept)  # (B,)
         counts = [share_of(encoded.kept.ranked.shape[1], ratio) for ratio in self.layer_ratios]
         encoded.intermediate.update(layer_counts=tuple(counts), objects=[])
         steps = []
         for layer, ratio, count in zip(self.layers, self.layer_ratios, counts):
-            own = (budgets * ratio).long().clamp(min=1) if self.mask_padding else budgets
+            own = (budgets * ratio).long().clamp(min=1) if apart else budgets
             steps.append((layer, encoded.kept.first(count, own)))
         return steps
 
@@ -166,7 +166,7 @@ class CascadeEncoder(Encoder):
     ) -> Tensor:
         """Object tokens exchange information first, then all attend over ``value`` (dual attention)."""
         assert isinstance(chosen, TokenSet) and proposal_head is not None
-        own = chosen.own if self.mask_padding else None
+        own = chosen.own if self._apart(chosen) else None
         objects = self.objects(x, chosen.gather(chosen.ranking), own, proposal_head)  # (B, O)
         encoded.intermediate["objects"].append(chosen.index.gather(1, objects))
         hidden = None if own is None else ~own.gather(1, objects)
@@ -180,6 +180,10 @@ class CascadeEncoder(Encoder):
             objects=objects,
             object_mask=hidden,
         )
+
+    def _apart(self, kept: TokenSet) -> bool:
+        """Whether each image has its own number of tokens in every layer, and sees no others of them."""
+        return self.mask_padding or kept.varied
 
     @torch.no_grad()
     def objects(

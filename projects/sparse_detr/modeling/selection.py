@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .budgets import ImageBudgets
 from .layers import at_least_float32
 from .tokens import Tokens, gather_tokens, scatter_tokens
 
@@ -142,17 +143,21 @@ def promise_count(item: float, limit: int, least: int = 1) -> int:
     return count
 
 
-def token_budgets(tokens: Tokens, keep_ratio: float) -> tuple[Tensor, int]:
+def token_budgets(tokens: Tokens, keep_ratio: float, ranking: Tensor) -> tuple[Tensor, int]:
     """How many tokens each image keeps: ``int(keep_ratio * valid) + 1`` of its ``valid`` ones.
 
-    The product is rounded to float32, as published, and an image never keeps more than it has.
+    The product is rounded to float32, as published, and an image never keeps more than it has. With
+    ``ImageBudgets`` as keep ratio it is what they say of the ``ranking`` (B, N).
 
     Returns:
         (B,) int64 budgets and their maximum K as a Python int, without waiting for the device
-        where ``tokens.counts`` is known.
+        where ``tokens.counts`` is known, if the ranking is not needed.
     """
-    valid = torch.tensor(tokens.valid_counts)
-    budgets = torch.minimum((valid.float() * keep_ratio).long() + 1, valid)
+    if isinstance(keep_ratio, ImageBudgets):
+        budgets = keep_ratio.counts(ranking, ~tokens.mask)
+    else:
+        valid = torch.tensor(tokens.valid_counts)
+        budgets = torch.minimum((valid.float() * keep_ratio).long() + 1, valid)
     kept = promise_count(budgets.max().item(), tokens.mask.shape[1])
     return budgets.to(tokens.mask.device, non_blocking=True), kept
 
@@ -209,6 +214,7 @@ class TokenSet:
         ranked: (B, K) int64, tokens of each image, best first.
         budgets: (B,) int64, how many of them are the image's own.
         ranking: (B, N), what they were ranked by.
+        varied: images without padding keep different numbers, too.
 
     Attributes:
         order: (B, K) int64 ranks, in the order in which the tokens are visited.
@@ -217,11 +223,14 @@ class TokenSet:
         position, reference: (B, K, C) position codes and (B, K, L, 2) reference points.
     """
 
-    def __init__(self, tokens: Tokens, ranked: Tensor, budgets: Tensor, ranking: Tensor):
+    def __init__(
+        self, tokens: Tokens, ranked: Tensor, budgets: Tensor, ranking: Tensor, varied: bool = False
+    ):
         self.tokens, self.ranked, self.budgets, self.ranking = tokens, ranked, budgets, ranking
+        self.varied = varied
         self.order = visiting_order(ranked, tokens)
         self.index = ranked.gather(1, self.order)
-        self.own = self.order < budgets[:, None] if tokens.has_padding else None
+        self.own = self.order < budgets[:, None] if tokens.has_padding or varied else None
         self.position = self.gather(tokens.position)
         self.reference = self.gather(tokens.reference_points)
 
@@ -239,7 +248,7 @@ class TokenSet:
 
     def first(self, count: int, budgets: Tensor) -> TokenSet:
         """The best ``count`` of them, of which ``budgets`` (B,) are the images' own."""
-        return TokenSet(self.tokens, self.ranked[:, :count], budgets, self.ranking)
+        return TokenSet(self.tokens, self.ranked[:, :count], budgets, self.ranking, self.varied)
 
 
 ChosenTokens = TokenRange | TokenSet  # what an encoder layer may refresh
@@ -249,14 +258,16 @@ def keep_best(tokens: Tokens, scores: Tensor, keep_ratio: float, *, strict: bool
     """The ``keep_ratio`` tokens of each image with the best ``scores`` (B, N).
 
     Args:
+        keep_ratio: share of an image's tokens, or ``ImageBudgets``.
         strict: the choice does not depend on the other images of the batch: padding comes last, and
             before it the ``unproposed`` tokens, which look all the same to a scorer that reads the
             two-stage projection. False ranks both by their score, as published.
     """
     ranking = padding_last(scores, tokens.value_mask, strict)
-    budgets, kept = token_budgets(tokens, keep_ratio)  # (B,), K
     ordered = unproposed_last(ranking, tokens) if strict else ranking
-    return TokenSet(tokens, ordered.topk(kept, dim=1).indices, budgets, ranking)
+    budgets, kept = token_budgets(tokens, keep_ratio, ordered)  # (B,), K
+    varied = isinstance(keep_ratio, ImageBudgets) and ranking.shape[0] > 1
+    return TokenSet(tokens, ordered.topk(kept, dim=1).indices, budgets, ranking, varied)
 
 
 def keep_best_of_levels(
