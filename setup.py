@@ -49,6 +49,7 @@ setup(
     # an installed one, whatever its origin, must be left alone. `make install` takes care of it.
     install_requires=requirements("runtime"),
     extras_require={
+        "detectron2": requirements("detectron2-runtime"),  # what it imports; not detectron2 itself
         "dev": requirements("dev"),
         "export": ["onnx", "onnxscript", "onnxruntime"],
         "fast-eval": ["faster-coco-eval"],
@@ -56,5 +57,6 @@ setup(
         "vis": ["opencv-python-headless", "matplotlib"],
         "wandb": ["wandb"],
     },
+    entry_points={"console_scripts": ["sparse-detr = sparse_detr.cli:main"]},
     zip_safe=False,
 )
