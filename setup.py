@@ -42,6 +42,7 @@ setup(
         "sparse_detr.configs": "configs",
     },
     package_data={
+        "sparse_detr.report": ["page.html"],
         "sparse_detr.kernels": ["csrc/**/*"],
         "sparse_detr.configs": ["**/*.py", "yacs/*.yaml", "published.json"],
     },
@@ -54,7 +55,7 @@ setup(
         "export": ["onnx", "onnxscript", "onnxruntime"],
         "fast-eval": ["faster-coco-eval"],
         "safetensors": ["safetensors"],
-        "vis": ["opencv-python-headless", "matplotlib"],
+        "vis": ["opencv-python-headless", "matplotlib", "jinja2"],
         "wandb": ["wandb"],
     },
     entry_points={"console_scripts": ["sparse-detr = sparse_detr.cli:main"]},

@@ -240,7 +240,8 @@ def test_the_quick_demo_can_be_repeated(tmp_path, monkeypatch, capsys):
     """A folder takes one run: its own is emptied, one that was asked for is not."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo_quick, "draw", lambda folder: [])
-    seen = []
+    monkeypatch.setattr(demo_quick, "write_page", lambda folders, page: pages.append(page))
+    seen, pages = [], []
 
     def main(args):
         folder = Path(args.opts[0].partition("=")[2])
@@ -255,6 +256,7 @@ def test_the_quick_demo_can_be_repeated(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["demo_quick.py", *options])
         demo_quick.main()
     assert seen == [("demo", False), ("mine", True)]
+    assert pages == ["output/demo/report.html", "mine/report.html"]
 
 
 def test_images_that_training_refuses_are_skipped_and_named(run_folder, images, tmp_path, capsys):

@@ -48,8 +48,9 @@ RULES = (
     (r"yacs_config", r"config|errors"),
     (r"yacs", r"modeling|errors|yacs_config|engine\.(checkpoint|optimizer)"),
     (r"detectron2_env", r"yacs"),
-    (r"configs(\..*)?", r"(?!tools|tests|train_net|cli|modeling\.encoders).*"),
-    (r"__init__", r"(?!tools|tests|train_net|cli).*"),
+    (r"configs(\..*)?", r"(?!tools|tests|train_net|cli|report|modeling\.encoders).*"),
+    (r"__init__", r"(?!tools|tests|train_net|cli|report).*"),
+    (r"report(\..*)?", r"report(\..*)?|config|errors|visualize|data\.(evaluation|image)"),
     (r"cli(\..*)?", r"(?!modeling\.encoders).*"),
     (r"__main__", r"cli"),
     (

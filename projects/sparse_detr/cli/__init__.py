@@ -17,6 +17,7 @@ from ..errors import UserError, told_in_one_line
 COMMANDS = {
     "train": ("train", "train_net.py", "train or evaluate a detector from a config"),
     "predict": ("predict", "tools/demo.py", "detect in images, folders and videos: pictures, JSON"),
+    "plot": ("plot", "tools/plot_run.py", "a page on a run, or on several: curves, AP, worst errors"),
     "check-install": ("check_install", "tools/check_install.py", "what is installed, and what is missing"),
     "configs": ("configs", None, "names of the shipped configs"),
     "check-data": ("check_data", "tools/check_data.py", "look at annotations and images before training"),

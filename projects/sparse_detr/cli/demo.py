@@ -18,6 +18,7 @@ from PIL import Image
 from tabulate import tabulate
 
 from .. import build_model, config, overlays
+from ..report import write_page
 from . import flags, train
 
 PICTURES = 8
@@ -70,7 +71,10 @@ def main() -> None:
     command = ["--config-file", args.config_file, *overrides]
     results = train.run_process(default_argument_parser().parse_args(command))
     pictures = draw(args.output_dir)
+    page = os.path.join(args.output_dir, "report.html")
+    write_page([args.output_dir], page)
     print(f"\n{table(results['bbox'])}\n")
     print(f"{time.perf_counter() - start:.0f} s; log, weights and metrics are in {args.output_dir}")
     print(f"AP50: {results['bbox']['AP50'] / 100:.2f}")
     print("pictures (ground truth | detections | kept tokens):", *pictures, sep="\n  ")
+    print(f"curves, AP by class, the worst errors, to open in a browser: {page}")
