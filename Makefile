@@ -3,13 +3,14 @@
 VENV ?= .venv
 PYTHON ?= $(shell test -x '$(VENV)/bin/python' && echo '$(VENV)/bin/python' || echo python3)
 
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test lint docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo      train a detector on a generated data set, evaluate it, draw its detections'
 	@echo 'make test      run the test suite'
 	@echo 'make lint      style and types of Python, style of C++ and CUDA; changes nothing'
+	@echo 'make docs      the pages as a site with an API reference, in build/site; links checked'
 	@echo 'make install   set up the environment $(VENV) (the two above do it themselves)'
 	@echo '               PYTHON=/path/to/python  make it with this Python, and use its detectron2 if it has one'
 	@echo '               VENV=/path/to/env       use this existing environment, add only what it lacks'
@@ -38,6 +39,23 @@ lint: install
 	find benchmarks kernels tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
 		| xargs '$(LINT)/bin/clang-format' --dry-run -Werror
 	'$(LINT)/bin/mypy' --python-executable '$(VENV)/bin/python'
+
+# So has the generator of the site. It reads the package and imports nothing.
+DOCS := $(VENV)/docs
+PAGES := README.md CHANGELOG.md CONTRIBUTING.md $(wildcard docs/*.md docs/*/*.md docs/images/* docs/benchmarks/*/*.json) \
+	$(wildcard kernels/*.md kernels/*/*/*.md) projects/sparse_detr/README.md tests/parity/README.md
+$(DOCS)/ready: requirements/docs.txt
+	@'$(PYTHON)' -m venv --clear '$(DOCS)'
+	'$(DOCS)/bin/python' -m pip install -q --disable-pip-version-check -r requirements/docs.txt
+	@touch $@
+
+docs: $(DOCS)/ready
+	rm -rf build/docs build/site
+	mkdir -p build/docs
+	cp --parents $(PAGES) build/docs
+	cp docs/site/api.md.in build/docs/api.md
+	NO_MKDOCS_2_WARNING=1 '$(DOCS)/bin/mkdocs' build -f docs/site/mkdocs.yml
+	@echo 'the site: build/site/index.html'
 
 clean:
 	rm -rf build dist projects/*.egg-info .pytest_cache .ruff_cache .mypy_cache

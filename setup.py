@@ -42,6 +42,7 @@ setup(
         "sparse_detr.configs": "configs",
     },
     package_data={
+        "sparse_detr.report": ["page.html"],
         "sparse_detr.kernels": ["csrc/**/*"],
         "sparse_detr.configs": ["**/*.py", "yacs/*.yaml", "published.json"],
     },
@@ -49,13 +50,15 @@ setup(
     # an installed one, whatever its origin, must be left alone. `make install` takes care of it.
     install_requires=requirements("runtime"),
     extras_require={
+        "detectron2": requirements("detectron2-runtime"),  # what it imports; not detectron2 itself
         "dev": requirements("dev"),
         "export": ["onnx", "onnxscript", "onnxruntime"],
         "fast-eval": ["faster-coco-eval"],
         "safetensors": ["safetensors"],
         "timm": ["timm>=1.0"],
-        "vis": ["opencv-python-headless", "matplotlib"],
+        "vis": ["opencv-python-headless", "matplotlib", "jinja2"],
         "wandb": ["wandb"],
     },
+    entry_points={"console_scripts": ["sparse-detr = sparse_detr.cli:main"]},
     zip_safe=False,
 )

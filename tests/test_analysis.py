@@ -3,11 +3,11 @@
 import json
 import sys
 
-import analyze_model as tool
 import pytest
 from detectron2.config import instantiate
 
 from sparse_detr.analysis import analyze
+from sparse_detr.cli import analyze as tool
 from sparse_detr.config import get_config
 from sparse_detr.errors import UserError
 from sparse_detr.kernels import functional

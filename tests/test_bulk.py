@@ -15,6 +15,7 @@ from PIL import Image
 
 import sparse_detr
 from sparse_detr import bulk, results
+from sparse_detr.cli import predict_many
 from sparse_detr.engine import Checkpointer
 from sparse_detr.errors import UserError
 
@@ -92,14 +93,14 @@ def check(records, alone):
 def test_batches_and_workers_give_what_each_image_has_alone(run_folder, images, alone, tmp_path, capsys):
     arguments = command(run_folder, images, tmp_path / "found", "--batch-size", "3")
     arguments[-1] = "--num-workers=2"
-    assert bulk.main(arguments) == 3  # of nine files one is broken
+    assert predict_many.main(arguments) == 3  # of nine files one is broken
     check(results.read_results(tmp_path / "found"), alone)
     (error,) = results.read_errors(tmp_path / "found")
     assert error["file_name"] == str(images / "broken.jpg") and "cannot identify" in error["error"]
     said = capsys.readouterr().out
     assert "9 images in" in said and "1 files have no result" in said
     lines = (tmp_path / "found" / "part-00000.jsonl").read_bytes()
-    assert bulk.main(arguments) == 3  # again: nothing is left to do, and the error is still one
+    assert predict_many.main(arguments) == 3  # again: nothing is left to do, and the error is still one
     assert "9 images were done before" in capsys.readouterr().out
     assert (tmp_path / "found" / "part-00000.jsonl").read_bytes() == lines
 
@@ -135,6 +136,7 @@ def test_published_models_get_images_of_one_size_and_exact_ones_may_be_padded(ru
 KILLED = """
 import os, sys
 from sparse_detr import bulk, results
+from sparse_detr.cli import predict_many
 write = results.ResultsWriter.write
 def dying(self, records):
     write(self, records)
@@ -144,7 +146,7 @@ def dying(self, records):
         file.flush()
         os.kill(os.getpid(), 9)
 results.ResultsWriter.write = dying
-bulk.main(sys.argv[1:])
+predict_many.main(sys.argv[1:])
 """
 
 
@@ -157,7 +159,7 @@ def test_killed_in_the_middle_of_a_line_it_goes_on_where_it_was(run_folder, imag
     left = (output / "part-00000.jsonl").read_bytes()
     assert not left.endswith(b"\n") and 0 < left.count(b"\n") < 8
     assert len(list(results.read_results(output))) == left.count(b"\n")  # the torn line is none
-    assert bulk.main(arguments) == 3
+    assert predict_many.main(arguments) == 3
     check(results.read_results(output), alone)
     kept = left[: left.rindex(b"\n") + 1]
     assert (output / "part-00000.jsonl").read_bytes().startswith(kept)
@@ -209,7 +211,7 @@ def test_parts_are_complete_whatever_the_number_of_processes(
             last = start == len(processes) - 1
             short = detect if last else lambda self, names: list(detect(self, names))[:1]
             monkeypatch.setattr(bulk.BulkDetector, "__call__", short)
-            bulk.main(command(run_folder, images, output, "--batch-size", "1"))
+            predict_many.main(command(run_folder, images, output, "--batch-size", "1"))
             with open(output / f"part-{rank:05d}.jsonl", "ab") as file:
                 file.write(b'{"torn' * (not last))
         assert len(list(results.read_results(output))) < 8 or last
@@ -281,7 +283,7 @@ def test_coco_results_of_both_box_formats(run_folder, images, alone, tmp_path):
     for box_format in results.BOX_FORMATS:
         coco = tmp_path / f"{box_format}.json"
         more = ["--box-format", box_format, "--coco", str(coco), "--coco-ids", str(tmp_path / "truth.json")]
-        bulk.main(command(run_folder, images, tmp_path / box_format, *more))
+        predict_many.main(command(run_folder, images, tmp_path / box_format, *more))
         written = json.loads(coco.read_text())
         assert [i["id"] for i in sorted(written["images"], key=lambda i: i["id"])] == list(range(100, 108))
         loaded = COCO(str(tmp_path / "truth.json")).loadRes(written["annotations"])
@@ -302,7 +304,9 @@ def test_coco_results_of_both_box_formats(run_folder, images, alone, tmp_path):
 
 def test_parquet(run_folder, images, alone, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
-    bulk.main(command(run_folder, images, tmp_path / "found", "--parquet", str(tmp_path / "found.parquet")))
+    predict_many.main(
+        command(run_folder, images, tmp_path / "found", "--parquet", str(tmp_path / "found.parquet"))
+    )
     check(parquet.read_table(tmp_path / "found.parquet").to_pylist(), alone)
     results.write_parquet(tmp_path / "found", tmp_path / "groups.parquet", rows=3)
     check(parquet.read_table(tmp_path / "groups.parquet").to_pylist(), alone)

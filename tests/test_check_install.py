@@ -5,12 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from sparse_detr.cli import check_install
 
 ROOT = Path(__file__).resolve().parent.parent
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(ROOT / "tools")
-    import check_install
 
 
 def run_check(*arguments):

@@ -30,7 +30,7 @@ def data(tmp_path_factory):
 
 def call(monkeypatch, tool, *arguments):
     monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
-    importlib.import_module(tool).main()
+    importlib.import_module(f"sparse_detr.cli.{tool}").main()
 
 
 def test_check_data_tells_sound_from_broken(data, tmp_path, monkeypatch, capsys):

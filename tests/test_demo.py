@@ -1,4 +1,4 @@
-"""tools/demo.py: what it reads, draws and writes."""
+"""``sparse-detr predict`` and ``demo``: what it reads, draws and writes."""
 
 import json
 import subprocess
@@ -7,18 +7,20 @@ from pathlib import Path
 from unittest import mock
 
 import cv2
-import demo
-import demo_quick
 import numpy as np
 import pytest
 from detectron2.config import LazyConfig
 from PIL import Image
 
 import sparse_detr
+from sparse_detr.cli import demo as demo_quick
+from sparse_detr.cli import predict as demo
 from sparse_detr.engine import Checkpointer
 from sparse_detr.errors import UserError
 
 from .modeling.tiny import shrink
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +200,14 @@ def test_what_was_found_before_an_interruption_is_written(run_folder, images, tm
 
 
 def test_an_error_is_one_sentence(images, tmp_path):
-    command = [sys.executable, demo.__file__, "--run", str(tmp_path), "--input", str(images)]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "demo.py"),
+        "--run",
+        str(tmp_path),
+        "--input",
+        str(images),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
@@ -240,14 +249,15 @@ def test_the_quick_demo_can_be_repeated(tmp_path, monkeypatch, capsys):
     """A folder takes one run: its own is emptied, one that was asked for is not."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo_quick, "draw", lambda folder: [])
-    seen = []
+    monkeypatch.setattr(demo_quick, "write_page", lambda folders, page: pages.append(page))
+    seen, pages = [], []
 
     def main(args):
         folder = Path(args.opts[0].partition("=")[2])
         seen.append((folder.name, (folder / "model_final.pth").exists()))
         return {"bbox": {"AP": 1.0, "AP50": 2.0, "AP-disc": 3.0}}
 
-    monkeypatch.setattr(demo_quick.train_net, "main", main)
+    monkeypatch.setattr(demo_quick.train, "run_process", main)
     for options in ([], ["--output-dir", "mine"]):
         folder = tmp_path / (options[-1] if options else "output/demo")
         folder.mkdir(parents=True)
@@ -255,6 +265,7 @@ def test_the_quick_demo_can_be_repeated(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["demo_quick.py", *options])
         demo_quick.main()
     assert seen == [("demo", False), ("mine", True)]
+    assert pages == ["output/demo/report.html", "mine/report.html"]
 
 
 def test_images_that_training_refuses_are_skipped_and_named(run_folder, images, tmp_path, capsys):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sparse_detr import cli
 from sparse_detr.config import apply_overrides, get_config, list_configs, load_config
 from tests import run_docs
 from tests.run_docs import PAGES
@@ -46,11 +47,11 @@ LINKS = [
 def known_flags(script):
     """The flags that a script adds to its parser, and detectron2's where it uses them."""
     source = (ROOT / script).read_text(encoding="utf-8")
-    called = re.findall(r"_checkout\.(\w+)\(", source)
-    module = re.search(r"^from sparse_detr\.(\w+) import main$", source, re.M)  # the tool is the package's
-    if module:
-        source += (ROOT / "projects" / "sparse_detr" / f"{module[1]}.py").read_text(encoding="utf-8")
-    shared = ast.parse((ROOT / "tools" / "_checkout.py").read_text(encoding="utf-8")).body
+    package = ROOT / "projects" / "sparse_detr" / "cli"
+    if command := re.search(r'\brun\("([\w-]+)"\)', source):  # it only calls the package's command
+        source = (package / f"{cli.COMMANDS[command[1]][0]}.py").read_text(encoding="utf-8")
+    called = re.findall(r"(?:_checkout|flags)\.(\w+)\(", source)
+    shared = ast.parse((package / "flags.py").read_text(encoding="utf-8")).body
     parts = [ast.parse(source), *(x for x in shared if getattr(x, "name", None) in called)]
     flags = {"--help"}
     for node in itertools.chain.from_iterable(map(ast.walk, parts)):

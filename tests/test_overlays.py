@@ -5,10 +5,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-import visualize_tokens as tool
 from PIL import Image
 
 from sparse_detr import overlays
+from sparse_detr.cli import visualize_tokens as tool
 
 from .modeling.tiny import sample, tiny_model
 

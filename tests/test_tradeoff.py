@@ -3,10 +3,10 @@
 import json
 
 import pytest
-import tradeoff
 from detectron2.config import LazyConfig
 
 import sparse_detr
+from sparse_detr.cli import tradeoff
 from sparse_detr.engine import Checkpointer
 from sparse_detr.errors import UserError
 

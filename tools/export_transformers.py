@@ -1,37 +1,10 @@
 #!/usr/bin/env python
-"""Write a trained Deformable DETR as a folder that Hugging Face's transformers loads.
+"""Write a trained Deformable DETR for Hugging Face's transformers.
 
-    python tools/export_transformers.py --run output/my_run --output my_detr
-    python tools/export_transformers.py --config-file deformable_detr/deformable_detr_r50_50ep \\
-        --weights model.pth --output my_detr
-
-The folder holds weights, config and image processor: DeformableDetrForObjectDetection and
-AutoImageProcessor have from_pretrained("my_detr"). One-stage, refining and two-stage models on ResNets can
-be written, those of the other methods not: transformers has none of them.
+``sparse-detr export-transformers``, from a checkout: projects/sparse_detr/cli/export_transformers.py.
 """
-
-import argparse
 
 import _checkout
 
-from sparse_detr.engine.huggingface_folder import save_transformers
-from sparse_detr.predictor import Predictor
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = _checkout.parser(__doc__)
-    _checkout.add_model(parser)
-    parser.add_argument("--output", required=True, metavar="DIR")
-    _checkout.add_overrides(parser)
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    args = parse(arguments)
-    predict = Predictor(args.run or args.config_file, args.weights, overrides=args.opts, device="cpu")
-    save_transformers(predict.model, args.output, class_names=predict.class_names, **predict.resizing)
-    print(f"{args.output}: model.safetensors, config.json, preprocessor_config.json")
-
-
 if __name__ == "__main__":
-    _checkout.run(main)
+    _checkout.run("export-transformers")

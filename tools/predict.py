@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""``sparse_detr.bulk``, which says how it is called."""
+"""Detect in many images; the results survive a kill.
+
+``sparse-detr predict-many``, from a checkout: projects/sparse_detr/cli/predict_many.py.
+"""
 
 import _checkout
 
-from sparse_detr.bulk import main
-
 if __name__ == "__main__":
-    _checkout.run(main)
+    _checkout.run("predict-many")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from typing import Final, Protocol, runtime_checkable
+from typing import Final, Protocol, overload, runtime_checkable
 
 import numpy as np
 import torch
@@ -226,6 +226,10 @@ class Predictor:
     def _clock(self) -> float:
         return clock(self.model.device)
 
+    @overload
+    def __call__(self, image: np.ndarray) -> dict: ...
+    @overload
+    def __call__(self, image: Sequence[np.ndarray]) -> list[dict]: ...
     def __call__(self, image: np.ndarray | Sequence[np.ndarray]) -> dict | list[dict]:
         """(H, W, 3) uint8 in BGR order, or a list of such images, which then run as one batch.
 

@@ -6,12 +6,12 @@ import re
 import sys
 import types
 
-import export_transformers
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
 
+from sparse_detr.cli import export_transformers
 from sparse_detr.config import get_config
 from sparse_detr.engine import Checkpointer
 from sparse_detr.engine.huggingface import from_transformers, to_transformers
