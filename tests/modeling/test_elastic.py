@@ -1,11 +1,15 @@
 """Elastic training: which keep ratios a batch gets, and what is learned from them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from detectron2.config import instantiate
 from detectron2.utils.events import EventStorage
 
 from sparse_detr.config import get_config
+from sparse_detr.engine.elastic import ElasticWarmup
+from sparse_detr.errors import UserError
 from sparse_detr.modeling.criterion import BatchPart
 from sparse_detr.modeling.elastic import KeepRatios
 from sparse_detr.modeling.encoders.dam import attention_map_share, attention_map_target
@@ -106,3 +110,28 @@ def test_the_scorers_target_is_the_mean_over_all_budgets():
     found = attention_map_share(attention, mask, RANGE)
     torch.testing.assert_close(found, total / draws, atol=1e-3, rtol=0)
     assert found[1, 40:].eq(0).all() and found.amax(1).eq(1).all()
+
+
+def test_while_warming_up_all_images_take_the_highest():
+    ratios = KeepRatios(0.1, 0.8)
+    ratios.warming_up = True
+    assert [list(ratios.groups(batch, step)) for batch, step in ((4, 0), (1, 1))] == [
+        [(0.8, slice(0, 4))],
+        [(0.8, slice(0, 1))],
+    ]
+
+
+@pytest.mark.parametrize("share, wanted", [(0.5, [True, True, False, False]), (0, [False] * 4)])
+def test_the_trainer_ends_the_warm_up(share, wanted):
+    ratios, found = KeepRatios(0.1, 1.0), []
+    hook = ElasticWarmup(ratios, share)
+    for step in range(4):  # as in a resumed run, whatever came before
+        hook.trainer = SimpleNamespace(iter=step, max_iter=4)
+        hook.before_step()
+        found.append(ratios.warming_up)
+    assert found == wanted
+
+
+def test_a_share_of_training_that_is_none_is_named():
+    with pytest.raises(UserError, match=r"train.elastic_warmup=2 must be a share"):
+        ElasticWarmup(RANGE, 2)

@@ -25,6 +25,7 @@ from ..modeling.meta_arch import SetDetector
 from .best import BestCheckpoint
 from .checkpoint import Checkpointer, replacing
 from .checks import check_folder, check_model, check_own_data, check_periods, class_names, has_test_set
+from .elastic import ElasticWarmup
 from .ema import ModelEMA
 from .optimizer import build_optimizer
 from .schedule import RunLength, build_lr_multiplier
@@ -250,6 +251,8 @@ def _register_hooks(
     run, train, main = data.run, cfg.train, comm.is_main_process()
     schedule = build_lr_multiplier(cfg.lr_multiplier, run)
     trainer.register_hooks([hooks.IterationTimer(), hooks.LRScheduler(scheduler=schedule)])
+    if (ratios := checkpointer.model.transformer.encoder.elastic) is not None:
+        trainer.register_hooks([ElasticWarmup(ratios, train.elastic_warmup)])
 
     evaluated = checkpointer.model  # not DDP: ranks may hold unlike batch counts
     if train.model_ema.enabled:

@@ -1,25 +1,31 @@
-"""Elastic training: one model for every keep ratio.
+"""Elastic training: one model for every keep ratio (docs/elastic.md).
 
 The weights of a token-sparse encoder do not depend on its keep ratio, but trained at one ratio they
 serve that ratio. Here the images of a training batch get different ones: half of them the highest,
-the others ratios drawn from the whole range, as in the sandwich rule of universally slimmable
-networks (Yu and Huang, ICCV 2019). All pass through the backbone together.
+the others ratios from the whole range, as in the sandwich rule of universally slimmable networks (Yu
+and Huang, ICCV 2019). All pass through the backbone together. The first part of a training takes the
+highest ratio alone: the largest comes first, as in Once-for-All (Cai et al., ICLR 2020).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill [0, 1) evenly
 
 
-@dataclass(frozen=True)
+@dataclass
 class KeepRatios:
-    """The keep ratios ``lowest`` to ``highest`` that a model is trained for, even in their logarithm."""
+    """The keep ratios ``lowest`` to ``highest`` that a model is trained for, even in their logarithm.
+
+    Attributes:
+        warming_up: all images take the highest; set by the trainer.
+    """
 
     lowest: float
     highest: float
+    warming_up: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.lowest < self.highest <= 1:
@@ -39,7 +45,7 @@ class KeepRatios:
         Half of the images, in turn the larger and the smaller half, take the highest ratio; one ratio
         from each half of the range goes to the others.
         """
-        full = (batch_size + step % 2) // 2
+        full = batch_size if self.warming_up else (batch_size + step % 2) // 2
         if full:
             yield self.highest, slice(0, full)
         rest = batch_size - full
