@@ -1,24 +1,28 @@
 #!/usr/bin/env bash
-# Everything a machine with a GPU can tell about the CUDA kernels, in one command of under 10 minutes.
+# Everything a machine with a GPU can tell about the CUDA kernels, in one command of under 10 minutes; better
+# in three, each with these 10 minutes for a part: --part correctness, --part operators, --part models.
 #
 #   benchmarks/gpu_check.sh             needs torch with CUDA and nvcc; nothing is downloaded
 #   benchmarks/gpu_check.sh --dry-run   without a GPU: builds for sm_90, runs the same scripts on the CPU
 #   benchmarks/gpu_check.sh --pack      on a machine with detectron2: collects in .gpu_check/ what a bare
 #                                       machine lacks (git ignores the folder: carry it along)
+#   --part PART                         stages of one part: correctness, operators or models
 #   --only A,B  --skip A,B              stages, by name
 #   --budget SECONDS                    of the whole run (570)
 #
-# Writes gpu_check.md, gpu_check.json and log.txt to $OUT, else to docs/benchmarks/gpu (dry run: to a
-# temporary folder). Every stage has a time limit, and one that fails
-# does not stop the others. Exit status: 0 if none failed. PYTHON chooses the interpreter.
+# Writes gpu_check.md, gpu_check.json and log.txt (of a part: PART/...) to $OUT, else to docs/benchmarks/gpu
+# (dry run: to a temporary folder), anew after every stage: a run that is cut off keeps what it had. Every
+# stage has a time limit, and one that fails does not stop the others. Exit status: 0 if none failed. PYTHON
+# chooses the interpreter.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-DRY= ONLY= SKIP= BUDGET=570 PACK=
+DRY= ONLY= SKIP= BUDGET=570 PACK= PART=
 while [ $# -gt 0 ]; do
   case $1 in
     --dry-run) DRY=1 ;;
     --pack) PACK=1 ;;
+    --part) PART=$2; shift ;;
     --only) ONLY=$2; shift ;;
     --skip) SKIP=$2; shift ;;
     --budget) BUDGET=$2; shift ;;
@@ -26,6 +30,13 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
+case $PART in
+  '') ;;
+  correctness) ONLY=machine,packages,build,tests,memcheck,racecheck ;;
+  operators) ONLY=machine,packages,build,targets,micro,peers,op,op_bf16 ;;
+  models) ONLY=machine,packages,build,model,model_dino,learn ;;
+  *) echo "--part $PART: expected correctness, operators or models" >&2; exit 2 ;;
+esac
 if [ -z "${PYTHON:-}" ]; then
   PYTHON=python3
   [ -x .venv/bin/python ] && PYTHON=$PWD/.venv/bin/python
@@ -36,6 +47,7 @@ SCRATCH=$(mktemp -d)
 trap 'rm -rf "$SCRATCH"' EXIT
 TARGET=${OUT:-docs/benchmarks/gpu} RESULTS=$SCRATCH/results
 [ -n "$DRY" ] && TARGET=${OUT:-$SCRATCH/out}
+[ -n "$PART" ] && TARGET=$TARGET/$PART
 mkdir -p "$TARGET" "$RESULTS"
 LOG=$TARGET/log.txt STAGES=$SCRATCH/stages.tsv
 : >"$LOG"; : >"$STAGES"
@@ -65,6 +77,7 @@ stage() { # NAME SECONDS
   { echo "==== $name: $state ($code)"; cat "$output"; } >>"$LOG"
   printf '%s\t%s\t%s\t%s\n' "$name" "$state" "$((SECONDS - begin))" \
     "$(grep -v '^\s*$' "$output" | tail -n 1 | cut -c1-300 | tr '\t' ' ')" >>"$STAGES"
+  "$PYTHON" benchmarks/gpu/summary.py "$STAGES" "$RESULTS" "$TARGET" ${DRY:+--dry-run} || exit 1
   printf '%-12s %-9s %4d s  ' "$name" "$state" "$((SECONDS - begin))"
   if [ "$state" = passed ]; then tail -n 1 "$STAGES" | cut -f4 | cut -c1-90; else tail -n 8 "$output"; fi
 }
@@ -129,17 +142,34 @@ benchmark() { # FILE ARGUMENTS...
   "$PYTHON" benchmarks/benchmark.py "$@" --device "$DEVICE" --json "$RESULTS/$file.json"
 }
 export -f benchmark
-run_op() { benchmark op op ${DRY:+--scale 0.1 --rounds 2 --kinds dense 'decoder 300'}; }
+run_op() { benchmark op op --compile ${DRY:+--scale 0.1 --rounds 2 --kinds dense 'decoder 300'}; }
 run_op_bf16() { benchmark op_bf16 op --dtype bfloat16 ${DRY:+--scale 0.1 --rounds 2 --kinds 'decoder 300'}; }
-run_model() {
+detectors() { # FILE CONFIGS...: in float32 and bfloat16, inference and a training step
   "$PYTHON" -c 'import detectron2' 2>/dev/null || skip 'no detectron2 (benchmarks/gpu_check.sh --pack)'
-  local sparse=sparse_detr/sparse_detr_r50_10_50ep
-  if [ -n "$DRY" ]; then benchmark model model --size 64x64 --rounds 2 $sparse; return; fi
-  benchmark model model 'Deformable DETR=deformable_detr/deformable_detr_r50_efficient_50ep' \
-    "Sparse DETR 10 %=$sparse" "Sparse DETR 30 %=$sparse model.transformer.encoder.keep_ratio=0.3"
+  local file=$1; shift
+  if [ -n "$DRY" ]; then benchmark "$file" model --size 64x64 --rounds 2 "$1"; return; fi
+  benchmark "$file" model --size 800x1333 --bf16 --train "$@"
 }
-export -f run_machine run_packages run_build run_tests run_peers run_memcheck run_racecheck run_micro \
-  run_targets run_op run_op_bf16 run_model
+export -f detectors
+run_model() {
+  detectors model 'Deformable DETR=deformable_detr/deformable_detr_r50_efficient_50ep' \
+    'Sparse DETR 10 %=sparse_detr/sparse_detr_r50_10_50ep' 'Sparse DETR 30 %=sparse_detr/sparse_detr_r50_30_50ep'
+}
+run_model_dino() {
+  local focus=focus_detr/focus_detr_r50_4scale_12ep
+  detectors model_dino 'DINO=dino/dino_r50_4scale_12ep' "Focus-DETR .5=$focus" \
+    "Focus-DETR .3=$focus model.transformer.encoder.keep_ratio=0.3" \
+    'Lite-DINO plain=lite_detr/lite_dino_plain_r50_h3l1_2p1x3_36ep' \
+    'Lite-DINO key-aware=lite_detr/lite_dino_r50_h3l1_2p1x3_36ep' 'RT-DETR=rt_detr/rt_detr_r50_72ep'
+}
+run_learn() { # it learns on a GPU, and in mixed precision
+  "$PYTHON" -c 'import detectron2, pycocotools' 2>/dev/null || skip 'no detectron2 (benchmarks/gpu_check.sh --pack)'
+  "$PYTHON" train_net.py --config-file configs/quick/sparse_detr_shapes.py train.output_dir="$SCRATCH/learn" \
+    data.root="$SCRATCH/shapes" train.amp.enabled=true train.device="$DEVICE" ${DRY:+train.max_iter=2}
+  grep -h 'AP50' "$SCRATCH/learn/log.txt" | tail -n 1
+}
+export -f run_machine run_packages run_build run_tests run_peers run_memcheck run_racecheck \
+  run_micro run_targets run_op run_op_bf16 run_model run_model_dino run_learn
 
 stage machine 30
 stage packages 30
@@ -151,8 +181,9 @@ stage peers 150
 stage op 100
 stage op_bf16 60
 stage model 120
+stage model_dino 200
+stage learn 150
 stage memcheck 60
 stage racecheck 60
-"$PYTHON" benchmarks/gpu/summary.py "$STAGES" "$RESULTS" "$TARGET" ${DRY:+--dry-run} || exit 1
 echo "results: $TARGET, $SECONDS s"
 ! cut -f2 "$STAGES" | grep -qE 'failed|timed out'

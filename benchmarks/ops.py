@@ -179,13 +179,34 @@ def plain_splat(
 def peers(named: list[str]) -> dict[str, Callable]:
     """Functions (value, shapes, level starts, locations, weights) -> output, by name.
 
-    ``torch-ms-deform-attn`` where it is installed, and each ``NAME=MODULE:FUNCTION`` or
-    ``NAME=FILE.py:FUNCTION`` of ``named``.
+    Those that are installed of ``torch-ms-deform-attn``, ``deformops`` (Python 3.12 on) and the extension
+    that Deformable DETR's repository builds, and each ``NAME=MODULE:FUNCTION`` or ``NAME=FILE.py:FUNCTION``
+    of ``named``.
     """
     found = {}
+    if importlib.util.find_spec("deformops"):
+        found["deformops"] = importlib.import_module("deformops.registry").msda
+    if importlib.util.find_spec("MultiScaleDeformableAttention"):
+        found["published"] = Published.apply
     if importlib.util.find_spec("torch_ms_deform_attn"):
         found["torch-ms-deform-attn"] = importlib.import_module("torch_ms_deform_attn").ms_deform_attn
     return found | dict(map(load, named))
+
+
+class Published(torch.autograd.Function):
+    """The two functions of the extension that Deformable DETR's repository builds, as one operator."""
+
+    @staticmethod
+    def forward(ctx, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return importlib.import_module("MultiScaleDeformableAttention").ms_deform_attn_forward(*inputs, 64)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        module = importlib.import_module("MultiScaleDeformableAttention")
+        inputs = ctx.saved_tensors
+        value, locations, weights = module.ms_deform_attn_backward(*inputs, gradient.contiguous(), 64)
+        return value, None, None, locations, weights
 
 
 def load(text: str) -> tuple[str, Callable]:
@@ -236,6 +257,15 @@ def _prepared(p: Problem) -> Tensor:
     return kernels.ms_deform_attn(p.value, p.levels, locations, weights)
 
 
+def _with_softmax_of_deformops(p: Problem) -> Tensor:
+    """Locations in eager PyTorch, the rest in one call."""
+    size = p.reference.new_tensor([(w, h) for h, w in p.levels])
+    locations = p.reference[:, :, None, :, None] + p.offsets / size[:, None]
+    shapes, starts = _sizes(p.levels, p.value.device)
+    msda = importlib.import_module("deformops.registry").msda
+    return msda(p.value, shapes, starts, locations, p.logits, method="softmax")
+
+
 def _fused(p: Problem) -> Tensor:
     return kernels.ms_deform_attn_fused(p.value, p.levels, p.reference, p.offsets, p.logits)
 
@@ -269,9 +299,13 @@ def tasks(named_peers: list[str], compiled: bool) -> list[Task]:
     for name, function in peers(named_peers).items():
         attention[name] = partial(_through, function)
     attention[OURS] = _attention
+    fused: dict[str, Callable] = {"eager preparation": _prepared}
+    if "deformops" in attention:
+        fused["deformops, its own softmax"] = _with_softmax_of_deformops
+    fused[OURS] = _fused
     return [
         Task("attention", attention, ("value", "locations", "weights")),
-        Task("fused", {"eager preparation": _prepared, OURS: _fused}, ("value", "offsets", "logits")),
+        Task("fused", fused, ("value", "offsets", "logits")),
         _key_aware_task(own_keys=False),
         _key_aware_task(own_keys=True),
     ]

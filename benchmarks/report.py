@@ -6,11 +6,11 @@ import json
 import platform
 from pathlib import Path
 
-import torch
-
 
 def machine(device: str) -> dict[str, str]:
     """What a measurement on ``device`` ("cpu" or "cuda") ran on."""
+    import torch  # not needed to write what others have measured
+
     found = {
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -26,7 +26,7 @@ def rehearse(target, *arguments):
 @pytest.mark.slow
 def test_rehearsal(tmp_path):
     """All but the build (test_cuda_compile.py compiles the same sources) and the whole models."""
-    done, stages, summary = rehearse(tmp_path, "--skip", "build,op_bf16,model")
+    done, stages, summary = rehearse(tmp_path, "--skip", "build,op_bf16,model,model_dino,learn")
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()
     assert {n: x["state"] for n, x in stages.items()} == {
         "machine": "passed",
@@ -51,6 +51,17 @@ def test_a_failing_stage_stops_no_other_and_is_reported(tmp_path):
     assert done.returncode == 1
     assert [x["state"] for x in stages.values()] == ["timed out", "timed out"]
     assert "no time left" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_part_has_its_stages_and_its_folder(tmp_path):
+    subprocess.run(
+        [SCRIPT, "--dry-run", "--part", "correctness", "--budget", "0"],
+        env={**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable},
+    )
+    stages = json.loads((tmp_path / "correctness" / "gpu_check.json").read_text())["stages"]
+    assert [x["name"] for x in stages] == ["machine", "packages", "build", "tests", "memcheck", "racecheck"]
+    done = subprocess.run([SCRIPT, "--part", "all"], capture_output=True, text=True)
+    assert done.returncode == 2 and "expected correctness, operators or models" in done.stderr
 
 
 def test_an_unknown_flag_shows_the_usage():

@@ -48,6 +48,7 @@ PLATFORMS = [
     "manylinux1_x86_64",
 ]
 PEERS = ["torch-ms-deform-attn==0.1.1"]
+PURE_PEERS = ["deformops==3.0.1"]  # wheels without compiled code; Triton is torch's
 
 
 def copy_distribution(name: str, tops: list[str], site: Path) -> str:
@@ -99,6 +100,17 @@ def collect(folder: Path) -> None:
         for wheel in sorted(Path(scratch).glob("*.whl")):
             zipfile.ZipFile(wheel).extractall(site)
             print(wheel.name)
+    for peer in PURE_PEERS:
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                only = ("--no-deps", "--only-binary=:all:", "--python-version", version)
+                pip("download", *only, "-d", scratch, peer)
+            except subprocess.CalledProcessError:
+                print(f"{peer}: could not be downloaded, the comparison goes without it")
+                continue
+            for wheel in Path(scratch).glob("*.whl"):
+                zipfile.ZipFile(wheel).extractall(site)
+                print(wheel.name)
     for peer in PEERS:
         try:
             pip("download", "--no-deps", "--no-binary=:all:", "--no-build-isolation", "-d", str(peers), peer)
