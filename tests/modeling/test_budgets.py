@@ -124,13 +124,11 @@ def test_a_rule_is_exported_and_stands_in_a_config():
     cfg.in_features, cfg.neck.in_channels, cfg.transformer.num_levels = ["res4"], [16], 2
     model = reveal(instantiate(cfg)).eval()
     assert model.transformer.encoder.keep_ratio.threshold == 0.02
-    inputs = [torch.rand(1, 3, *size) * 255 for size in ((96, 160), (160, 128), (96, 160))]
+    inputs = [torch.rand(1, 3, *size) * 255 for size in ((96, 160), (160, 128))]
     model.transformer.encoder.keep_ratio = MeanRatio.calibrate(
         token_rankings(model, [[{"image": image[0]}] for image in inputs]), 0.3
     )
     program = export.export_program(model, (96, 160)).module()
-    compiled = torch.compile(export.TensorDetector(model), backend="eager", fullgraph=True, dynamic=True)
     for image in inputs:
         wanted = export.TensorDetector(model)(image)
         torch.testing.assert_close(program(image), wanted, rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(compiled(image), wanted, rtol=1e-5, atol=1e-4)
