@@ -252,6 +252,7 @@ def draw_data(folder: Path) -> None:
         annotations.write_text(json.dumps({**content, "categories": things}))
         (coco / f"{split}2017").symlink_to(folder / split)
 
+    draw_other_formats(folder)
     (folder / "photos").mkdir()
     film = cv2.VideoWriter(str(folder / "film.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 5, (160, 128))
     for path in sorted((folder / "val").iterdir()):
@@ -261,6 +262,50 @@ def draw_data(folder: Path) -> None:
     film.release()
     cv2.imwrite(str(folder / "image.jpg"), image)
     (folder / "list.txt").write_text("image.jpg\n")
+
+
+def draw_other_formats(folder: Path) -> None:
+    """The same images as `my_set/data.yaml` (YOLO) and, discs as cars and stars as persons, Pascal VOC."""
+    classes = json.loads((folder / "train.json").read_text())["categories"]
+    names = [c["name"] for c in classes]
+    yolo, voc = folder / "my_set", folder / "VOCdevkit" / "VOC2012"
+    for part in ("Annotations", "ImageSets/Main"):
+        (voc / part).mkdir(parents=True)
+    (voc / "JPEGImages").symlink_to(folder / "photos")
+    yolo.mkdir()
+    (yolo / "data.yaml").write_text(f"train: train/images\nval: val/images\nnames: {names}\n")
+    for split in ("train", "val"):
+        content = json.loads((folder / f"{split}.json").read_text())
+        (yolo / split / "labels").mkdir(parents=True)
+        (yolo / split / "images").symlink_to(folder / split)
+        for image in content["images"]:
+            width, height = image["width"], image["height"]
+            boxes = [
+                (a["category_id"] - 1, *a["bbox"])
+                for a in content["annotations"]
+                if a["image_id"] == image["id"]
+            ]
+            stem = Path(image["file_name"]).stem
+            (yolo / split / "labels" / f"{stem}.txt").write_text(
+                "".join(
+                    f"{c} {(x + w / 2) / width} {(y + h / 2) / height} {w / width} {h / height}\n"
+                    for c, x, y, w, h in boxes
+                )
+            )
+            if split == "val":  # the photos
+                objects = "".join(
+                    f"<object><name>{dict(disc='car', star='person').get(names[c], names[c])}</name><bndbox>"
+                    f"<xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax>"
+                    "</bndbox></object>"
+                    for c, x, y, w, h in boxes
+                )
+                (voc / "Annotations" / f"{stem}.xml").write_text(
+                    f"<annotation><filename>{stem}.jpg</filename><size><width>{width}</width>"
+                    f"<height>{height}</height></size>{objects}</annotation>"
+                )
+    stems = sorted(path.stem for path in (voc / "Annotations").iterdir())
+    for split in ("train", "val"):
+        (voc / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(stems))
 
 
 def write_weights(folder: Path) -> None:

@@ -154,8 +154,8 @@ def test_a_wrong_command_is_found():
 def test_commands_run(tmp_path):
     """Own data from its check to the trained model's use; the demo on a folder."""
     own = run_docs.jobs(ROOT / "docs/own_data.md", "check_data|init_checkpoint|python blocks")
-    todo = [*own, *run_docs.jobs(ROOT / "docs/predict.md", "--input photos/")]
-    assert len(todo) == 5
+    todo = [*own, *run_docs.jobs(ROOT / "docs/predict.md", "demo.py.*--input photos/")]
+    assert len(todo) == 6
     assert run_docs.run_all(todo, tmp_path) == 0  # the report is in the captured output
 
 
