@@ -99,7 +99,7 @@ SMALL_YACS = {
     "MODEL": "\n  DEVICE: cpu",
 }
 
-OPTIONAL = ("sahi", "ray")
+OPTIONAL = ("sahi", "ray", "supervision", "fiftyone", "openvino", "torchmetrics")
 
 # Checkpoints that the docs name, and the config whose model they hold.
 CHECKPOINTS = {
@@ -138,10 +138,19 @@ def commands(page: Path) -> Iterator[tuple[int, str]]:
                 yield line + text.count("\n", 0, found.start()), command
 
 
+def usable(package: str) -> bool:
+    """Whether it is installed, and FiftyOne also has the MongoDB without which it makes no data set."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or package != "fiftyone":
+        return spec is not None
+    own = Path(spec.origin or "").parent / "db" / "bin" / "mongod"
+    return own.exists() or bool(shutil.which("mongod") or os.environ.get("FIFTYONE_DATABASE_URI"))
+
+
 def program(page: Path) -> str:
     """A page's Python blocks, each on the lines where it stands in the page; without those that need one of
-    ``OPTIONAL`` that is not installed (tests run them with a stand-in)."""
-    missing = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
+    ``OPTIONAL`` that is not installed (tests run SAHI's and Ray's with a stand-in)."""
+    missing = [name for name in OPTIONAL if not usable(name)]
     lines: list[str] = []
     for line, language, text in code(page):
         if language == "python" and not any(

@@ -225,7 +225,11 @@ def test_parts_are_complete_whatever_the_number_of_processes(
 def test_torchrun_starts_several(run_folder, images, alone, tmp_path):
     output = tmp_path / "found"
     launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    tool = [str(ROOT / "tools" / "predict.py"), *command(run_folder, images, output)]
+    words = command(run_folder, images, output)
+    words[0] = (
+        "--config-file"  # --run would be an abbreviation of one of torchrun's flags, before Python 3.12
+    )
+    tool = [str(ROOT / "tools" / "predict.py"), *words]
     done = subprocess.run(
         [*launcher, "--nproc-per-node=2", *tool],
         capture_output=True,

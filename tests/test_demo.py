@@ -1,6 +1,7 @@
 """``sparse-detr predict`` and ``demo``: what it reads, draws and writes."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -88,11 +89,15 @@ def test_a_folder_becomes_pictures_and_coco_json(run_folder, images, tmp_path, c
     assert first[0]["bbox"] == pytest.approx([x0, y0, x1 - x0, y1 - y0], abs=1e-4)
 
 
-def test_a_latency_is_measured_on_this_machine(run_folder, images, capsys, tmp_path):
+def test_a_latency_is_measured_on_this_machine(run_folder, images, caplog, monkeypatch, tmp_path):
+    shown = mock.Mock()
+    monkeypatch.setattr(demo, "setup_logger", shown)
+    monkeypatch.setattr(logging.getLogger("sparse_detr"), "propagate", True)  # whatever ran before
     arguments = ["--run", str(run_folder), "--input", str(images / "a.png"), "--device", "cpu"]
     arguments += ["--json", str(tmp_path / "found.json"), "--latency-ms"]
     demo.main([*arguments, "100000"])
-    assert "latency_ms=100000 cannot be met" in capsys.readouterr().out  # so slow no ratio is
+    assert "latency_ms=100000 cannot be met" in caplog.text  # so slow no ratio is
+    shown.assert_called_once_with(name="sparse_detr")
     with pytest.raises(UserError, match="keep_ratio=0.5 and latency_ms=9.0: pass one"):
         demo.main([*arguments, "9", "--keep-ratio", "0.5"])
 

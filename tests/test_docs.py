@@ -181,3 +181,11 @@ def test_commands_are_read_as_a_shell_would(tmp_path, monkeypatch):
     assert run_docs.program(page).splitlines()[12:] == ["x = 1"]
     *_, machines, _ = run_docs.jobs(page)  # of two machines at once, and last the Python blocks
     assert machines.commands == ["run --machine-rank 0", "run --machine-rank 1"]
+
+
+def test_blocks_of_packages_that_are_missing_are_left_out(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("```python\nimport no_such_package as n\n```\n```python\nimport json\n```\n")
+    assert "no_such_package" in run_docs.program(page)
+    monkeypatch.setattr(run_docs, "OPTIONAL", ("no_such_package", "json"))
+    assert run_docs.program(page).split() == ["import", "json"]

@@ -119,8 +119,7 @@ def test_freeze_at_is_detectron2s():
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
 def test_frozen_norms_are_folded_and_change_nothing(name):
-    import timm
-
+    timm = pytest.importorskip("timm")
     model = randomise(built(name)).double().train()
     plain = timm.create_model(name, features_only=True).double().eval()  # its norms frozen by the mode
     own = {key.removeprefix("body."): value for key, value in model.state_dict().items()}

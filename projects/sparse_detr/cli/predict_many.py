@@ -2,7 +2,8 @@
 
     sparse-detr predict-many --run output/my_run --input photos/ --output found
     sparse-detr predict-many --run output/my_run --input list.txt 'scans/**/*.jpg' --output found
-    torchrun --nproc-per-node 8 -m sparse_detr predict-many --run output/my_run --input photos/ --output found
+    torchrun --nproc-per-node 8 -m sparse_detr predict-many --config-file output/my_run \\
+        --input photos/ --output found
     sparse-detr predict-many --run output/my_run --input photos/ --output found --coco found.json
 
 The same command again goes on where it was. --output is a folder: part-*.jsonl has one line per image,
