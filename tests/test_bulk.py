@@ -125,6 +125,9 @@ def test_batches_hold_images_of_one_size_or_with_little_padding():
 def test_published_models_get_images_of_one_size_and_exact_ones_may_be_padded(run_folder):
     predict = sparse_detr.Predictor(str(run_folder), device="cpu")
     assert bulk.BulkDetector(predict).max_padding == 0.1
+    predict.model.pad_features = False  # as where the backbone's batch norms learn
+    assert bulk.BulkDetector(predict).max_padding == 0.0
+    predict.model.pad_features = True
     predict.model.exact_sizes = False
     assert bulk.BulkDetector(predict).max_padding == 0.0
     for wrong in ({"batch_size": 0}, {"max_padding": 1.0}, {"box_format": "cxcywh"}):

@@ -32,8 +32,8 @@ class BulkDetector:
         batch_size: most images in a batch.
         num_workers: processes that read and resize; 0 reads in this one.
         max_padding: largest share of a batch that may be padding; 0 puts images of equal size together,
-            whose results are those of each alone. None is 0.1 for models with exact sizes, whose results
-            do not depend on padding, else 0 (docs/reference_points.md).
+            whose results are those of each alone. None is 0.1 for models with ``exact_sizes`` and
+            ``pad_features``, whose results do not depend on padding (docs/reference_points.md), else 0.
         box_format: "xyxy" or "xywh", in pixels of the file's image.
     """
 
@@ -47,7 +47,7 @@ class BulkDetector:
         box_format: str = "xyxy",
     ) -> None:
         if max_padding is None:
-            max_padding = 0.1 if predict.model.exact_sizes else 0.0
+            max_padding = 0.1 if predict.model.exact_sizes and predict.model.pad_features else 0.0
         if batch_size < 1 or num_workers < 0 or not 0 <= max_padding < 1:
             raise UserError(
                 f"batch size {batch_size}, {num_workers} workers, padding {max_padding}: expected at least "

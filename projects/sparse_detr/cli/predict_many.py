@@ -49,7 +49,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--max-padding",
         type=float,
         metavar="SHARE",
-        help="of a batch that may be padding (default: 0.1 for models with exact sizes, else 0)",
+        help="of a batch that may be padding (default: 0.1 for models with exact_sizes and pad_features, "
+        "else 0)",
     )
     parser.add_argument("--coco", metavar="FILE", help="at the end, write a COCO JSON of all results, too")
     parser.add_argument(
