@@ -11,6 +11,9 @@ become detections; Faster R-CNN, whose proposals are filtered in between, includ
 
 from __future__ import annotations
 
+import atexit
+import functools
+import logging
 import tempfile
 from pathlib import Path
 
@@ -66,8 +69,7 @@ def onnxruntime() -> nn.Module:
 
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder:
-        session = runtime.InferenceSession(_onnx_file(folder), options, ["CPUExecutionProvider"])
+    session = runtime.InferenceSession(_onnx_file(), options, ["CPUExecutionProvider"])
     return _Called(lambda image: session.run(None, {"image": image.numpy()}))
 
 
@@ -85,17 +87,21 @@ def _openvino(precision: str) -> nn.Module:
     import openvino
 
     core = openvino.Core()
-    with tempfile.TemporaryDirectory() as folder:
-        settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": precision}
-        compiled = core.compile_model(core.read_model(_onnx_file(folder)), "CPU", settings)
+    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": precision}
+    compiled = core.compile_model(core.read_model(_onnx_file()), "CPU", settings)
     return _Called(lambda image: compiled(image.numpy()))
 
 
-def _onnx_file(folder: str) -> str:
+@functools.cache
+def _onnx_file() -> str:
+    """Exported once; the file goes when the process does."""
     from sparse_detr import build_model
     from sparse_detr.export import export_onnx
 
-    path = str(Path(folder) / "model.onnx")
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # "Skipping constant folding", per layer
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    path = str(Path(folder.name) / "model.onnx")
     export_onnx(build_model(EXPORTED, device="cpu"), path)
     return path
 
