@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -66,9 +67,12 @@ def in_bfloat16(contender: Contender) -> Contender:
 
 def multiply_adds(contender: Contender, size: tuple[int, int]) -> int | None:
     """Of one image; None for peers, whose operators nobody has told fvcore."""
-    if not isinstance(contender.model, SetDetector):
-        return None
-    return analyze(contender.model, size).total.macs
+    return _multiply_adds(contender.model, size) if isinstance(contender.model, SetDetector) else None
+
+
+@functools.cache  # a model in two precisions is traced once
+def _multiply_adds(model: SetDetector, size: tuple[int, int]) -> int:
+    return analyze(model, size).total.macs
 
 
 def peer(text: str, device: str) -> Contender:

@@ -36,6 +36,17 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("opts", nargs="*", help="config overrides, path.key=value")
 
 
+def add_opts(parser: argparse.ArgumentParser) -> None:
+    """The same as a flag, where the command has lists of other things."""
+    parser.add_argument(
+        "--opts", nargs="+", default=[], metavar="KEY=VALUE", help="config overrides, path.key=value"
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help='"cuda", "cpu" (default: the GPU if any)')
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """A run's model, or a config's with a checkpoint."""
     source = parser.add_mutually_exclusive_group(required=True)

@@ -28,9 +28,7 @@ def main() -> None:
         help="lowest score in images and confusion (default: 0.4)",
     )
     parser.add_argument("--pictures", metavar="DIR", help="write the page's pictures there, too")
-    parser.add_argument(
-        "--opts", nargs="+", default=[], metavar="KEY=VALUE", help="config overrides, path.key=value"
-    )
+    flags.add_opts(parser)
     args = parser.parse_args()
     output = Path(args.output or Path(args.runs[0]) / "report.html")
     if output.is_dir():

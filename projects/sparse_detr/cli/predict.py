@@ -24,13 +24,11 @@ from detectron2.utils.logger import setup_logger
 from PIL import Image
 from tqdm import tqdm
 
-from ..data import ImageError, read_image
+from ..data.image import EXTENSIONS, ImageError, read_image
 from ..errors import UserError
 from ..predictor import Predictor
 from ..visualize import draw_detections, readable_scale
 from . import flags
-
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 class Results:
@@ -43,13 +41,10 @@ class Results:
     def __init__(self, predict: Predictor, threshold: float) -> None:
         self.predict, self.threshold = predict, threshold
         self.best = (0.0, "")
-        ids = predict.metadata.get("thing_dataset_id_to_contiguous_id")
-        self.ids = (
-            {v: k for k, v in ids.items()} if ids else {i: i + 1 for i in range(len(predict.class_names))}
-        )
+        classes = zip(predict.category_ids, predict.class_names)
         self.sections = {
             "images": [],
-            "categories": [{"id": self.ids[i], "name": name} for i, name in enumerate(predict.class_names)],
+            "categories": [{"id": number, "name": name} for number, name in classes],
             "annotations": [],
         }
 
@@ -86,7 +81,7 @@ class Results:
         height, width = instances.image_size
         images.append({"id": len(images) + 1, "file_name": file_name, "height": height, "width": width})
         for found in instances_to_coco_json(instances, len(images)):
-            found["category_id"] = self.ids[found["category_id"]]
+            found["category_id"] = self.predict.category_ids[found["category_id"]]
             area = found["bbox"][2] * found["bbox"][3]
             annotations.append({"id": len(annotations) + 1, **found, "area": area, "iscrowd": 0})
 
@@ -207,10 +202,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     flags.add_keep_ratio(parser)
     flags.add_latency(parser)
     flags.add_dtype(parser)
-    parser.add_argument("--device", default="auto", help='"cuda", "cpu" (default: the GPU if any)')
-    parser.add_argument(
-        "--opts", nargs="+", default=[], metavar="KEY=VALUE", help="config overrides, path.key=value"
-    )
+    flags.add_device(parser)
+    flags.add_opts(parser)
     args = parser.parse_args(arguments)
     if not args.input and not args.video_input:
         parser.error("pass images by --input, or a video by --video-input")

@@ -59,8 +59,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--parquet", metavar="FILE", help="at the end, write a Parquet file, too (pyarrow)")
     flags.add_keep_ratio(parser)
     flags.add_dtype(parser)
-    parser.add_argument("--device", default="auto", help='"cuda", "cpu" (default: the GPU if any)')
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY=VALUE", help="config overrides")
+    flags.add_device(parser)
+    flags.add_opts(parser)
     args = parser.parse_args(arguments)
     if args.coco_ids and not args.coco:
         parser.error("--coco-ids belongs to --coco")

@@ -230,10 +230,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     parser.add_argument("--output", metavar="FILE", help="draw AP over milliseconds there (needs matplotlib)")
     flags.add_dtype(parser)
-    parser.add_argument("--device", default="auto", help='"cuda", "cpu" (default: the GPU if any)')
-    parser.add_argument(
-        "--opts", nargs="+", default=[], metavar="KEY=VALUE", help="config overrides, path.key=value"
-    )
+    flags.add_device(parser)
+    flags.add_opts(parser)
     args = parser.parse_args(arguments)
     for ratio in args.keep_ratio:
         if not 0 < ratio <= 1:

@@ -31,9 +31,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=480, help="of each picture (default: 480)")
     parser.add_argument("--threshold", type=float, default=0.4, help="score of drawn detections")
     flags.add_keep_ratio(parser)
-    parser.add_argument(
-        "--opts", nargs="+", default=[], metavar="KEY=VALUE", help="config overrides, path.key=value"
-    )
+    flags.add_opts(parser)
     args = parser.parse_args()
 
     paths = find_images(args.input)

@@ -10,16 +10,16 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from ..errors import UserError, listed
 from .coco import in_order, is_number, read_annotations
-from .image import ImageError, image_size
+from .image import EXTENSIONS, ImageError, image_size
 from .report import Report, is_id, record_id
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".mpo")
+IMAGE_ENDINGS = (*EXTENSIONS, ".mpo")
 
 # The names under which exports have the two splits, the usual first.
 _SPLITS = {"train": ("train", "training", "trainval", "default"), "val": ("val", "valid", "validation")}
@@ -214,7 +214,8 @@ def voc_classes(source: str | Sequence[str]) -> list[str]:
     names: set[str] = set()
     for split in _SPLITS:
         for path in _voc_files(source, split) or ():
-            names.update(name for name, _ in _voc_objects(_parsed(path)) if name)
+            file = _voc_file(path)
+            names.update(name for name, _ in (file.objects if file else ()) if name)
     if not names:
         raise UserError(f"data.voc={source}: there is no object in its XML files")
     return sorted(names)
@@ -242,7 +243,8 @@ def read_voc(source: str | Sequence[str], split: str, classes: Sequence[str]) ->
     files = _voc_files(source, split)
     if files is None:
         raise UserError(f"data.voc={source} has no {split} set")
-    images = {path: _voc_image(path) for path in files}
+    parsed = {path: _voc_file(path) for path in files}
+    images = {path: _voc_image(path, file) for path, file in parsed.items()}
     report = _report(f"data.voc={source} ({split})", list(images.values()), classes)
     missing: list[str] = []
     broken: list[str] = []
@@ -252,16 +254,14 @@ def read_voc(source: str | Sequence[str], split: str, classes: Sequence[str]) ->
     unknown: Counter[str] = Counter()
     boxes = []
     for path, image in images.items():
-        root = _parsed(path)
-        if root is None:
+        file = parsed[path]
+        if file is None:
             (broken if path.is_file() else missing).append(path.name)
             continue
-        sides = [_number(root.findtext(f"size/{side}")) for side in ("width", "height")]
-        known = all(side is not None and side >= 1 for side in sides)
-        record = _add_image(report, image, unreadable, [int(side or 0) for side in sides] if known else None)
+        record = _add_image(report, image, unreadable, file.size)
         if record is None:
             continue
-        for name, corners in _voc_objects(root):
+        for name, corners in file.objects:
             if name is None or corners is None:
                 incomplete.append(f"{path.name}: {name or 'an object'}")
             elif name not in numbers:
@@ -339,10 +339,40 @@ def _listed_names(path: Path) -> Iterator[str]:
             yield " ".join(words)
 
 
-def _voc_image(path: Path) -> Path:
+class _VocFile(NamedTuple):
+    """What an XML file says.
+
+    Attributes:
+        image: name of the image, or "".
+        size: width and height, or None.
+        objects: name and (xmin, ymin, xmax, ymax) of each; None for what is missing.
+    """
+
+    image: str
+    size: tuple[int, int] | None
+    objects: list[tuple[str | None, list[float] | None]]
+
+
+def _voc_file(path: Path) -> _VocFile | None:
+    """None if it cannot be read."""
+    try:
+        root = ElementTree.parse(path).getroot()
+    except (OSError, ElementTree.ParseError, ValueError, LookupError):  # the last two: its encoding
+        return None
+    width, height = (_number(root.findtext(f"size/{side}")) or 0 for side in ("width", "height"))
+    objects = []
+    for element in root.iterfind("object"):
+        name = (element.findtext("name") or "").strip()
+        corners = [_number(element.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
+        whole = [corner for corner in corners if corner is not None]
+        objects.append((name or None, whole if len(whole) == 4 else None))
+    size = (int(width), int(height)) if min(width, height) >= 1 else None
+    return _VocFile((root.findtext("filename") or "").strip(), size, objects)
+
+
+def _voc_image(path: Path, file: _VocFile | None) -> Path:
     """The image of an XML file: beside it, or in the folder of images beside its folder."""
-    root = _parsed(path)
-    named = (root.findtext("filename") or "" if root is not None else "").strip().replace("\\", "/")
+    named = (file.image if file else "").replace("\\", "/")
     names = [named.rpartition("/")[2]] if named else []
     names += [path.stem + form for ending in IMAGE_ENDINGS for form in (ending, ending.upper())]
     folders = [path.parent]
@@ -356,22 +386,6 @@ def _voc_image(path: Path) -> Path:
     places = (folder / name for folder in folders for name in names)
     usual = next((folder for folder in folders[1:] if folder.is_dir()), folders[0])
     return next((place for place in places if place.is_file()), usual / names[0])
-
-
-def _parsed(path: Path) -> ElementTree.Element | None:
-    try:
-        return ElementTree.parse(path).getroot()
-    except (OSError, ElementTree.ParseError, ValueError, LookupError):  # the last two: its encoding
-        return None
-
-
-def _voc_objects(root: ElementTree.Element | None) -> Iterator[tuple[str | None, list[float] | None]]:
-    """Name and (xmin, ymin, xmax, ymax) of each object; None for what is missing."""
-    for element in root.iterfind("object") if root is not None else ():
-        name = (element.findtext("name") or "").strip()
-        corners = [_number(element.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
-        whole = [corner for corner in corners if corner is not None]
-        yield name or None, whole if len(whole) == 4 else None
 
 
 def _number(text: str | None) -> float | None:

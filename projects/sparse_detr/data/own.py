@@ -84,7 +84,8 @@ def own_files(
     plain = _plain(data, split)
     if plain is not None:
         return plain
-    key = (json.dumps(_strings(data), sort_keys=True), split, os.path.abspath(folder))
+    section = str(sorted((key, str(value)) for key, value in data.items()))
+    key = (section, split, os.path.abspath(folder))
     if afresh or key not in _converted:
         found: tuple[str, str] | UserError | None = None
         if comm.get_local_rank() == 0:
@@ -205,19 +206,3 @@ def _written(report: Report, path: str) -> tuple[str, str]:
     os.replace(partial, path)
     logger.info("%s: read, and written in COCO format as %s", report.json_file, path)
     return path, report.image_root
-
-
-def _strings(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A section as JSON can hold it."""
-    return {
-        key: value
-        if isinstance(value, str | None)
-        else list(map(str, value))
-        if is_list(value)
-        else str(value)
-        for key, value in data.items()
-    }
-
-
-def is_list(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
