@@ -27,10 +27,14 @@ class BatchPart:
 
     Set losses are divided by the objects per part of the whole batch, ``num_objects / num_parts``,
     not by the part's own, so that the *mean* of the parts' losses is the loss of the whole batch.
+
+    ``share`` is of the part's images, where they are computed in several groups: losses that are means
+    over images, the encoders', count by it, so that the *sum* of the groups' losses is the part's.
     """
 
     num_objects: int
     num_parts: int = 1
+    share: float = 1.0
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -245,8 +246,7 @@ class SetDetector(nn.Module):
         if self.pad_features and any(size != sizes[0] for size in sizes[1:]):
             maps, masks = self._maps_of_each_size(images.tensor, sizes)
         else:
-            maps = self.neck(self._features(images.tensor))
-            masks = self._masks(maps, sizes, padded)
+            maps, masks = self._project(self._features(images.tensor), sizes, padded)
         return maps, masks, sizes, padded
 
     def _elastic_losses(
@@ -263,8 +263,8 @@ class SetDetector(nn.Module):
             for encoder.keep_ratio, members in ratios.groups(len(targets), step):
                 some_maps, some_masks = ([x[members] for x in levels] for levels in (maps, masks))
                 output = self._transform(some_maps, some_masks, sizes[members], padded, targets[members])
-                share = len(targets[members]) / len(targets)
-                for name, value in self.losses(output, targets[members], part, share).items():
+                group = replace(part, share=len(targets[members]) / len(targets))
+                for name, value in self.losses(output, targets[members], group).items():
                     losses[name] = losses[name] + value if name in losses else value
         finally:
             encoder.keep_ratio = usual
@@ -288,10 +288,9 @@ class SetDetector(nn.Module):
         targets: list[Target] | None = None,
     ) -> TransformerOutput:
         """``detect`` from the backbone's maps (B, C_i, H_i, W_i) on."""
-        maps = self.neck(features)
         sizes = [(height, width) for height, width in image_sizes]
         padded = padded_size[0], padded_size[1]
-        masks = self._masks(maps, sizes, padded)
+        maps, masks = self._project(features, sizes, padded)
         return self._transform(maps, masks, sizes, padded, targets)
 
     def _features(self, image: Tensor) -> list[Tensor]:
@@ -313,8 +312,8 @@ class SetDetector(nn.Module):
         for size in dict.fromkeys(sizes):
             members = [image for image, other in enumerate(sizes) if other == size]
             height, width = (-(-side // unit) * unit for side in size)
-            levels = self.neck(self._features(batch[members, :, :height, :width]))
-            hidden = self._masks(levels, [size] * len(members), (height, width))
+            features = self._features(batch[members, :, :height, :width])
+            levels, hidden = self._project(features, [size] * len(members), (height, width))
             for row, image in enumerate(members):
                 maps[image] = [level[row] for level in levels]
                 masks[image] = [level[row] for level in hidden]
@@ -322,6 +321,13 @@ class SetDetector(nn.Module):
             [_pad_and_stack(level, 0.0) for level in zip(*maps)],
             [_pad_and_stack(level, True) for level in zip(*masks)],
         )
+
+    def _project(
+        self, features: Sequence[Tensor], sizes: Sequence[tuple[int, int]], padded: tuple[int, int]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The backbone's maps as the transformer's, (B, C, H_l, W_l), and their masks (B, H_l, W_l)."""
+        maps = self.neck(features)
+        return maps, self._masks(maps, sizes, padded)
 
     def _masks(
         self, maps: Sequence[Tensor], sizes: Sequence[tuple[int, int]], padded: tuple[int, int]
@@ -384,17 +390,10 @@ class SetDetector(nn.Module):
             )
 
     def losses(
-        self,
-        output: TransformerOutput,
-        targets: list[Target],
-        part: BatchPart | None = None,
-        share: float = 1.0,
+        self, output: TransformerOutput, targets: list[Target], part: BatchPart | None = None
     ) -> dict[str, Tensor]:
-        """Weighted losses of the criterion and of the encoder.
-
-        Args:
-            share: of the images that ``part`` counts the objects of; the encoder's losses are means.
-        """
+        """Weighted losses of the criterion and of the encoder."""
+        share = 1.0 if part is None else part.share
         losses = self.criterion(self.transformer.predictions(output), targets, part)
         encoder = self.transformer.encoder
         own = encoder.losses(output.encoded, output.decoded, output.tokens, targets)
