@@ -1,5 +1,6 @@
 """The Shapes data set: reproducible, valid COCO, and a real detection task."""
 
+import colorsys
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from sparse_detr.data.synthetic import CLASSES, draw_image, generate_shapes
+from sparse_detr.data.synthetic import CLASSES, HUES, draw_image, generate_shapes
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,20 @@ def test_objects_are_vivid_and_so_are_some_things_that_are_none():
     assert 0.1 < np.mean(np.array(outside) > 0.4) < 0.7  # images with a vivid distractor
 
 
-def test_an_unknown_split_is_refused(tmp_path):
+@pytest.mark.parametrize("hues, steps, low, high", [("shared", 3, 0.5, 0.6), ("own", 5, 0.9, 1.0)])
+def test_how_often_hue_names_the_class(hues, steps, low, high):
+    """By the best rule that looks at the nearest hue alone."""
+    counts = np.zeros((len(CLASSES), steps))
+    for index in range(80):
+        pixels, objects = draw_image(np.random.RandomState([7, index]), HUES[hues])
+        for category, mask in objects:
+            hue, _, _ = colorsys.rgb_to_hsv(*np.median(pixels[mask], axis=0) / 255)
+            counts[category, round(hue * steps) % steps] += 1
+    assert low < counts.max(0).sum() / counts.sum() < high
+
+
+def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(ValueError, match="split must be one of train, val, not 'test'"):
         generate_shapes(tmp_path, "test")
+    with pytest.raises(ValueError, match="hues must be one of shared, own, not 'red'"):
+        generate_shapes(tmp_path, "val", hues="red")

@@ -6,10 +6,10 @@ from sparse_detr.data import shapes_dataset
 
 from .coco import dataloader
 
-data = dict(root="./datasets/shapes", seed=0)
+data = dict(root="./datasets/shapes", seed=0, hues="shared")  # "own": they give the classes away
 
 dataloader.train.dataset = L(shapes_dataset)(
-    names="shapes_train", root="${data.root}", split="train", seed="${data.seed}"
+    names="shapes_train", root="${data.root}", split="train", seed="${data.seed}", hues="${data.hues}"
 )
 dataloader.train.mapper.augmentations.update(
     short_edges=[128, 144, 160],
@@ -19,7 +19,7 @@ dataloader.train.mapper.augmentations.update(
     crop_prob=0.25,
 )
 dataloader.test.dataset = L(shapes_dataset)(
-    names="shapes_val", root="${data.root}", split="val", seed="${data.seed}"
+    names="shapes_val", root="${data.root}", split="val", seed="${data.seed}", hues="${data.hues}"
 )
 dataloader.test.mapper.augmentations.update(short_edge=144, max_size=256)
 dataloader.test.batch_size = 8

@@ -1,7 +1,7 @@
 """*Shapes*: a small detection set in COCO format, drawn from a seed; nothing is downloaded.
 
-Five classes, each an outline with a hue of its own that spreads into its neighbours'; backgrounds
-are cluttered and of muted colours. Objects are textured, rotated, squeezed, partly hidden by others
+Five classes, each an outline. Discs and stars share a hue, triangles and crosses another, so that colour
+alone names little more than half of the objects; backgrounds are cluttered and of muted colours. Objects are textured, rotated, squeezed, partly hidden by others
 or cut by the border, and span an order of magnitude in size; one image in fourteen holds none.
 Distractors (rings, bars, blobs, half discs; muted, or as vivid as an object) are not annotated.
 Boxes and areas are those of the visible pixels.
@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 
 CLASSES = ("disc", "triangle", "square", "star", "cross")
 DISTRACTORS = ("ring", "bar", "blob", "half disc")
+HUES = {"shared": (0, 1, 2, 0, 1), "own": (0, 1, 2, 3, 4)}  # of the classes, in steps around the circle
 SPLITS = {"train": 800, "val": 128}  # images
-VERSION = 3  # of the drawing code: part of the reuse check below
+VERSION = 4  # of the drawing code: part of the reuse check below
 SUPERSAMPLING = 4
 
 
@@ -38,6 +39,7 @@ def shapes_dataset(
     split: str,
     seed: int = 0,
     num_images: int | None = None,
+    hues: str = "shared",
     filter_empty: bool = False,
 ) -> list[dict]:
     """A config's ``dataloader.*.dataset``: draws a split if ``root`` lacks it, and registers it.
@@ -46,11 +48,11 @@ def shapes_dataset(
         names: name to register it under (``dataloader.evaluator.dataset_name`` refers to it).
         root: folder that receives ``<split>.json`` and ``<split>/*.png``.
         split: "train" or "val".
-        seed, num_images: see ``generate_shapes``.
+        seed, num_images, hues: see ``generate_shapes``.
         filter_empty: leave out the images without objects.
     """
     if comm.is_main_process():
-        generate_shapes(root, split, seed=seed, num_images=num_images)
+        generate_shapes(root, split, seed=seed, num_images=num_images, hues=hues)
     comm.synchronize()
     return coco_dataset(
         names=names,
@@ -60,7 +62,9 @@ def shapes_dataset(
     )
 
 
-def generate_shapes(root: str, split: str, *, seed: int = 0, num_images: int | None = None) -> str:
+def generate_shapes(
+    root: str, split: str, *, seed: int = 0, num_images: int | None = None, hues: str = "shared"
+) -> str:
     """Writes one split, the same bytes for the same arguments; returns the path of its JSON.
 
     Args:
@@ -69,9 +73,12 @@ def generate_shapes(root: str, split: str, *, seed: int = 0, num_images: int | N
         split: "train" or "val". The splits of one seed share no image.
         seed: non-negative integer.
         num_images: default 800 (train) or 128 (val).
+        hues: "shared", or "own": each class has one, which gives it away.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+    if hues not in HUES:
+        raise ValueError(f"hues must be one of {', '.join(HUES)}, not {hues!r}")
     num_images = SPLITS[split] if num_images is None else num_images
     info = {
         "description": "Shapes: a synthetic detection set",
@@ -79,6 +86,7 @@ def generate_shapes(root: str, split: str, *, seed: int = 0, num_images: int | N
         "seed": seed,
         "split": split,
         "num_images": num_images,
+        "hues": hues,
     }
     json_file = os.path.join(root, f"{split}.json")
     if _info(json_file) == info:
@@ -90,7 +98,7 @@ def generate_shapes(root: str, split: str, *, seed: int = 0, num_images: int | N
     annotations: list[dict] = []
     for index in range(num_images):
         rng = np.random.RandomState([seed, list(SPLITS).index(split), index])
-        pixels, objects = draw_image(rng)
+        pixels, objects = draw_image(rng, HUES[hues])
         file_name = f"{index:06d}.png"
         Image.fromarray(pixels).save(os.path.join(root, split, file_name), compress_level=1)
         height, width = pixels.shape[:2]
@@ -130,8 +138,13 @@ def _info(json_file: str) -> dict | None:
         return None
 
 
-def draw_image(rng: np.random.RandomState) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
+def draw_image(
+    rng: np.random.RandomState, hues: Sequence[int] = HUES["shared"]
+) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
     """Draws one image.
+
+    Args:
+        hues: of the classes, evenly spaced numbers from 0.
 
     Returns:
         (H, W, 3) uint8 RGB pixels, 144 to 208 on a side, and for each object its class (0 to 4) and
@@ -153,7 +166,8 @@ def draw_image(rng: np.random.RandomState) -> tuple[np.ndarray, list[tuple[int, 
             continue
         coverage, full_area = placed
         mask = coverage > 0.5
-        _paint(rng, canvas, coverage, mask, kinds[i])
+        hue = (hues[kinds[i]], max(hues) + 1) if kinds[i] >= 0 else None
+        _paint(rng, canvas, coverage, mask, hue)
         layers = [(kind, area, visible & ~mask) for kind, area, visible in layers]
         layers.append((kinds[i], full_area, mask))
 
@@ -250,13 +264,20 @@ def _place(
 
 
 def _paint(
-    rng: np.random.RandomState, canvas: np.ndarray, coverage: np.ndarray, mask: np.ndarray, kind: int
+    rng: np.random.RandomState,
+    canvas: np.ndarray,
+    coverage: np.ndarray,
+    mask: np.ndarray,
+    hue: tuple[int, int] | None,
 ) -> None:
-    """Fills a silhouette with a texture that stands out from what is behind it."""
+    """Fills a silhouette with a texture that stands out from what is behind it.
+
+    ``hue``: which of how many, with a spread into its neighbours; None for a distractor.
+    """
     behind = canvas[mask].mean(0)
     for _ in range(20):
-        if kind >= 0:
-            colour = _vivid(rng, (kind + rng.normal(0, 0.25)) / len(CLASSES))
+        if hue is not None:
+            colour = _vivid(rng, (hue[0] + rng.normal(0, 0.25)) / hue[1])
         else:
             colour = _vivid(rng, rng.rand()) if rng.rand() < 0.25 else _muted(rng)
         if np.abs(colour - behind).max() > 70:
