@@ -35,7 +35,10 @@ RULES = (
         rf"kernels|{BASE}|modeling\.(encoder|cascade|elastic|selection|heads|proposals)",
     ),
     (r"modeling\.encoders", r"modeling\.encoders\..*"),
-    (r"modeling\.(transformer|postprocess|\w*backbone)", r"modeling\.(?!encoders|meta_arch).*|errors"),
+    (
+        r"modeling\.(transformer|postprocess|packing|\w*backbone)",
+        r"modeling\.(?!encoders|meta_arch).*|errors",
+    ),
     (r"modeling\.meta_arch", r"modeling\.(?!encoders).*|devices|errors|yacs_config"),
     (r"modeling", r"modeling\..*"),
     (

@@ -21,7 +21,7 @@ from .devices import clock, mixed_precision, resolve_device, resolve_dtype
 from .dial import HIGHEST, Dial
 from .engine.checkpoint import Checkpointer
 from .errors import UserError
-from .modeling import MeanRatio, SetDetector
+from .modeling import MeanRatio, SetDetector, pack_weights
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +143,7 @@ class Predictor:
         self.cfg, self.model, checkpoint = _build(config, weights, overrides, device)
         if checkpoint is None:
             logger.warning("no weights are given: they are random")
+        pack_weights(self.model)
         augmentations = self.cfg.dataloader.test.mapper.augmentations
         self.prepare = Preparation(T.AugmentationList(instantiate(augmentations)), self.model.input_format)
         self.resizing = {

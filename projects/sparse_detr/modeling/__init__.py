@@ -26,6 +26,7 @@ from .meta_arch import (
     SetDetector,
     SparseDETR,
 )
+from .packing import pack_weights
 from .proposals import LearnedQueries, MixedQueries, ProposalHead, ProposalQueries
 from .selection import TokenRange, TokenScorer, TokenSet, keep_best, keep_best_of_levels
 from .timm_backbone import TimmBackbone, timm_channels
@@ -84,6 +85,7 @@ __all__ = [
     "clone_layers",
     "keep_best",
     "keep_best_of_levels",
+    "pack_weights",
     "timm_channels",
 ]
 __all__ += _encoders
