@@ -8,7 +8,7 @@ from .criterion import Predictions, SetCriterion
 from .decoder import DecoderOutput, DeformableDecoder, DeformableDecoderLayer
 from .denoising import ContrastiveDenoising
 from .elastic import KeepRatios
-from .encoder import DeformableEncoderLayer, DenseEncoder, Encoder, EncoderLayer, EncoderOutput
+from .encoder import DeformableEncoderLayer, DenseEncoder, Encoder, EncoderLayer, EncoderOutput, LayerInput
 from .encoders import *  # noqa: F403  all encoders
 from .encoders import __all__ as _encoders
 from .fusion import FusionNeck
@@ -55,6 +55,7 @@ __all__ = [
     "HybridQueries",
     "ImageBudgets",
     "KeepRatios",
+    "LayerInput",
     "LearnedQueries",
     "LiteDETR",
     "MSDeformAttn",
