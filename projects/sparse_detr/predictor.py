@@ -18,10 +18,10 @@ from torch import nn
 from .calibrate import token_rankings
 from .config import published_weights, resolve_config, stored_classes
 from .devices import clock, mixed_precision, resolve_device, resolve_dtype
-from .dial import HIGHEST, Dial
+from .dial import Dial
 from .engine.checkpoint import Checkpointer
 from .errors import UserError
-from .keep_ratio import set_keep_ratio
+from .keep_ratio import keep_ratio_range, set_keep_ratio
 from .modeling import MeanRatio, SetDetector
 
 logger = logging.getLogger(__name__)
@@ -93,8 +93,8 @@ class Predictor:
             config's; for models whose encoder has one. Also an attribute that can be set. ``calibrate``
             makes it a mean, with a number of tokens for each image.
         latency_ms: instead of ``keep_ratio``, milliseconds that 95 of 100 calls may take: the keep ratio
-            is found by a few passes at the first image of each size, see ``dial``. Also an attribute; the
-            one that was set last counts.
+            is found by a few passes at the first image of each size, see ``dial``, within the range
+            that an elastic model was trained for. Also an attribute; the one that was set last counts.
         dtype: precision, a torch dtype or its name: torch.bfloat16 and torch.float16 are mixed precision;
             "auto" is bfloat16 where the hardware multiplies in it, else float32.
 
@@ -184,9 +184,10 @@ class Predictor:
             return
         if not value > 0:
             raise UserError(f"latency_ms={value} must be positive")
+        ratios = keep_ratio_range(self.model)
         if self.keep_ratio is None:  # which some encoders cannot change any more
-            set_keep_ratio(self.model, HIGHEST, f"latency_ms={value}")
-        self._dial = Dial(value, self._clock, self.model.device.type)
+            set_keep_ratio(self.model, ratios[1], f"latency_ms={value}")
+        self._dial = Dial(value, self._clock, self.model.device.type, ratios)
 
     def calibrate(self, images: Iterable[np.ndarray], keep_ratio: float) -> MeanRatio:
         """Gives each image a number of tokens of its own from here on: ``keep_ratio`` of them on average
