@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -164,7 +164,9 @@ class SetDetector(nn.Module):
             if self.transformer.encoder.elastic is not None:
                 return self._elastic_losses(self.transformer.encoder.elastic, images, targets, part)
             output = self.detect(images, targets)
-            return self.losses(output, targets, part)
+            losses = self.losses(output, targets, part)
+            _log(output.encoded.metrics)
+            return losses
         # Some encoders look at the whole batch: such an image must not reach them.
         broken = [
             index
@@ -252,22 +254,24 @@ class SetDetector(nn.Module):
     def _elastic_losses(
         self, ratios: KeepRatios, images: ImageList, targets: list[Target], part: BatchPart | None
     ) -> dict[str, Tensor]:
-        """``losses`` of a batch whose images have different keep ratios."""
+        """``losses`` of a batch whose images have different keep ratios; the log gets the images' mean."""
         encoder = self.transformer.encoder
         maps, masks, sizes, padded = self._levels(images)
         part = part or BatchPart(sum(len(t.labels) for t in targets))
         step = get_event_storage().iter if has_event_storage() else 0
         losses: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         usual = encoder.keep_ratio
         try:
             for encoder.keep_ratio, members in ratios.groups(len(targets), step):
                 some_maps, some_masks = ([x[members] for x in levels] for levels in (maps, masks))
                 output = self._transform(some_maps, some_masks, sizes[members], padded, targets[members])
                 group = replace(part, share=len(targets[members]) / len(targets))
-                for name, value in self.losses(output, targets[members], group).items():
-                    losses[name] = losses[name] + value if name in losses else value
+                _add(losses, self.losses(output, targets[members], group))
+                _add(metrics, {name: value * group.share for name, value in output.encoded.metrics.items()})
         finally:
             encoder.keep_ratio = usual
+        _log(metrics)
         return losses
 
     def _check_autocast(self) -> None:
@@ -398,10 +402,18 @@ class SetDetector(nn.Module):
         encoder = self.transformer.encoder
         own = encoder.losses(output.encoded, output.decoded, output.tokens, targets)
         losses.update({name: value * share for name, value in own.items()})
-        if has_event_storage():
-            for name, value in output.encoded.metrics.items():
-                get_event_storage().put_scalar(name, value)
         return losses
+
+
+def _add(total: dict[str, Tensor], part: Mapping[str, Tensor]) -> None:
+    for name, value in part.items():
+        total[name] = total[name] + value if name in total else value
+
+
+def _log(metrics: Mapping[str, Tensor]) -> None:
+    if has_event_storage():
+        for name, value in metrics.items():
+            get_event_storage().put_scalar(name, value)
 
 
 def _check_input(
