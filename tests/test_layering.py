@@ -35,12 +35,16 @@ RULES = (
         rf"kernels|{BASE}|modeling\.(encoder|cascade|elastic|selection|heads|proposals)",
     ),
     (r"modeling\.encoders", r"modeling\.encoders\..*"),
-    (r"modeling\.(transformer|postprocess|\w*backbone)", r"modeling\.(?!encoders|meta_arch).*|errors"),
-    (r"modeling\.meta_arch", r"modeling\.(?!encoders).*|devices|errors|yacs_config"),
+    (
+        r"modeling\.(transformer|postprocess|\w*backbone)",
+        r"modeling\.(?!encoders|meta_arch|detectors).*|errors",
+    ),
+    (r"modeling\.meta_arch", r"modeling\.(?!encoders|detectors).*|devices|errors|yacs_config"),
+    (r"modeling\.detectors", r"modeling\.meta_arch|errors"),
     (r"modeling", r"modeling\..*"),
     (
         r"modeling\..*",
-        rf"{BASE}|modeling\.(?!encoders|meta_arch|transformer|postprocess|\w*backbone).*",
+        rf"{BASE}|modeling\.(?!encoders|meta_arch|detectors|transformer|postprocess|\w*backbone).*",
     ),
     (r"errors", r"errors"),
     (r"devices", r"errors"),
@@ -96,7 +100,7 @@ PACKAGES = {"__init__", "kernels", "configs"} | {
 }
 
 
-# The shared parts know no paper; `meta_arch` only registers the detectors' names.
+# The shared parts know no paper; `detectors` only registers the detectors' names.
 PAPER_WORDS = {"dam", "salience"} | {
     word
     for name in ENCODERS
