@@ -53,6 +53,7 @@ def test_one_file_per_method():
         "FocusDETR",
         "LiteDETR",
         "SalienceDETR",
+        "RTDETR",
     }
 
 
