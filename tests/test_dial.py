@@ -5,10 +5,12 @@ import logging
 import numpy as np
 import pytest
 
-from sparse_detr.dial import HIGHEST, LOWEST, PROBES, ROUNDS, Dial
+from sparse_detr.dial import ROUNDS, Dial
+from sparse_detr.keep_ratio import USUAL_RANGE
 
 SHAPE = (1, 480, 640)
-FIRST = 1 + len(PROBES) * ROUNDS + ROUNDS  # passes before the first call of a size
+LOWEST, HIGHEST = USUAL_RANGE
+FIRST = 1 + 3 * ROUNDS + ROUNDS  # passes before the first call of a size
 
 
 class Machine:
@@ -41,8 +43,8 @@ class Machine:
         return turn(shape, run, start)
 
 
-def turned(machine, latency_ms, calls, **kwargs):
-    turn = Dial(latency_ms, machine.clock)
+def turned(machine, latency_ms, calls, ratios=USUAL_RANGE, **kwargs):
+    turn = Dial(latency_ms, machine.clock, ratios=ratios)
     for _ in range(calls):
         machine.call(turn, **kwargs)
     return np.array(machine.taken[-calls:]) * 1e3
@@ -113,6 +115,21 @@ def test_a_target_out_of_reach_is_told_once_with_what_is_possible(target, neares
     assert (
         "1 image of 480x640" in text and "keep ratios 0.05 to 1" in text and f"keep_ratio={nearest:g}" in text
     )
+
+
+@pytest.mark.parametrize(("target", "used"), [(20, 0.1234), (75, 0.25), (500, 0.4)])
+def test_no_ratio_outside_of_the_range_is_measured_or_used(target, used, caplog):
+    machine = Machine()
+    turned(machine, target, 60, ratios=(0.1234, 0.4))
+    assert min(machine.ratios) == 0.1234 and max(machine.ratios) == 0.4
+    np.testing.assert_allclose(machine.ratios[FIRST:], used)
+    assert target == 75 or "62.3 to 90 ms on this machine at keep ratios 0.1234 to 0.4" in caplog.text
+
+
+def test_the_usual_range_is_measured_at_its_ends_and_at_30_percent():
+    machine = Machine()
+    turned(machine, 90, 1)
+    assert set(machine.ratios[: 1 + 3 * ROUNDS]) == {0.05, 0.3, 1.0}
 
 
 def test_what_was_measured_is_one_line(caplog):

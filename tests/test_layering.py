@@ -37,13 +37,14 @@ RULES = (
     (r"modeling\.encoders", r"modeling\.encoders\..*"),
     (
         r"modeling\.(transformer|postprocess|packing|\w*backbone)",
-        r"modeling\.(?!encoders|meta_arch).*|errors",
+        r"modeling\.(?!encoders|meta_arch|detectors).*|errors",
     ),
-    (r"modeling\.meta_arch", r"modeling\.(?!encoders).*|devices|errors|yacs_config"),
+    (r"modeling\.meta_arch", r"modeling\.(?!encoders|detectors).*|devices|errors|yacs_config"),
+    (r"modeling\.detectors", r"modeling\.meta_arch|errors"),
     (r"modeling", r"modeling\..*"),
     (
         r"modeling\..*",
-        rf"{BASE}|modeling\.(?!encoders|meta_arch|transformer|postprocess|\w*backbone).*",
+        rf"{BASE}|modeling\.(?!encoders|meta_arch|detectors|transformer|postprocess|\w*backbone).*",
     ),
     (r"errors", r"errors"),
     (r"devices", r"errors"),
@@ -60,9 +61,9 @@ RULES = (
     (r"cli(\..*)?", r"(?!modeling\.encoders).*"),
     (r"__main__", r"cli"),
     (
-        r"predictor|calibrate|dial|analysis|overlays|visualize|export",
+        r"predictor|calibrate|dial|keep_ratio|analysis|overlays|visualize|export",
         r"__init__|kernels|modeling(\..*)?|config|devices|errors|engine\.checkpoint|data\.image"
-        r"|predictor|calibrate|dial|analysis|overlays|visualize|export",
+        r"|predictor|calibrate|dial|keep_ratio|analysis|overlays|visualize|export",
     ),
     (r"results", r"errors"),
     (r"bulk", r"data\.image|errors|predictor|results"),
@@ -99,7 +100,7 @@ PACKAGES = {"__init__", "kernels", "configs"} | {
 }
 
 
-# The shared parts know no paper; `meta_arch` only registers the detectors' names.
+# The shared parts know no paper; `detectors` only registers the detectors' names.
 PAPER_WORDS = {"dam", "salience"} | {
     word
     for name in ENCODERS

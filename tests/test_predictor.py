@@ -151,6 +151,17 @@ def test_a_latency_is_met_by_the_keep_ratio(sparse_config, monkeypatch, caplog):
     assert "latency_ms=1 cannot be met" in caplog.text and "25 to 120 ms on this cpu" in caplog.text
 
 
+def test_a_latency_stays_within_the_range_of_an_elastic_model(sparse_config):
+    elastic = ["model.transformer.encoder.elastic=[0.2,0.6]"]
+    predict = sparse_detr.Predictor(sparse_config, overrides=elastic, device="cpu", latency_ms=1e-3)
+    image = np.zeros((64, 80, 3), np.uint8)
+    predict(image)
+    assert predict.keep_ratio == 0.2
+    predict.latency_ms = 1e6
+    predict(image)
+    assert predict.keep_ratio == 0.6
+
+
 def test_a_latency_that_cannot_be_asked_for_is_named(run_folder, sparse_config):
     with pytest.raises(UserError, match="keep_ratio=0.5 and latency_ms=80: pass one"):
         sparse_detr.Predictor(sparse_config, device="cpu", keep_ratio=0.5, latency_ms=80)

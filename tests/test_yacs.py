@@ -16,7 +16,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from sparse_detr.config import get_config
 from sparse_detr.data import shapes_dataset
 from sparse_detr.errors import UserError
-from sparse_detr.modeling import SparseDETR, meta_arch
+from sparse_detr.modeling import SparseDETR, detectors
 from sparse_detr.yacs import add_sparse_detr_config, build_optimizer
 from sparse_detr.yacs_config import from_yacs
 
@@ -53,6 +53,7 @@ def test_one_file_per_method():
         "FocusDETR",
         "LiteDETR",
         "SalienceDETR",
+        "RTDETR",
     }
 
 
@@ -217,13 +218,13 @@ def test_any_config_can_be_built_without_a_name_of_its_own():
     ):
         build_model(cfg)
     cfg.MODEL.SPARSE_DETR.CONFIG = "deformable_detr/deformable_detr_r50_50ep"
-    assert type(build_model(cfg)) is meta_arch.SetDetector
+    assert type(build_model(cfg)) is detectors.SetDetector
 
 
 def test_registering_again_is_no_error():
     """After a reload, and under the other name of the package."""
     known = META_ARCH_REGISTRY.get("DINO")
-    module = importlib.util.spec_from_file_location("sparse_detr.modeling.again", meta_arch.__file__)
+    module = importlib.util.spec_from_file_location("sparse_detr.modeling.again", detectors.__file__)
     again = importlib.util.module_from_spec(module)
     module.loader.exec_module(again)
     assert again.DINO is not known and META_ARCH_REGISTRY.get("DINO") is known
@@ -235,8 +236,8 @@ def test_a_name_that_another_project_has_registered_is_an_error(monkeypatch):
 
     monkeypatch.setitem(META_ARCH_REGISTRY._obj_map, "DINO", DINO)
     monkeypatch.delitem(META_ARCH_REGISTRY._obj_map, "LiteDETR")
-    with pytest.raises(UserError, match=rf"sparse_detr.modeling.meta_arch registers DINO .*{__name__} has"):
-        meta_arch._register(meta_arch.LiteDETR, meta_arch.DINO)
+    with pytest.raises(UserError, match=rf"sparse_detr.modeling.detectors registers DINO .*{__name__} has"):
+        detectors._register(detectors.LiteDETR, detectors.DINO)
     assert "LiteDETR" not in META_ARCH_REGISTRY  # all or none
 
 

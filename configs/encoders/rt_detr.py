@@ -2,7 +2,7 @@
 
 The attention layer follows the base's decoder in width, heads and dropout. It looks at the coarsest map
 only: level 3 of 4 (stride 64), or, as published, of 3 (``model.transformer.num_levels=3``, stride 32).
-Released models have ``expansion=1`` (R50) or 0.5 (R18, R34).
+Released models have ``expansion=1`` (R50, R101) or 0.5 (R18, R34).
 """
 
 from detectron2.config import LazyCall as L

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
+from .keep_ratio import set_keep_ratio
 from .modeling import SetDetector, TokenRankings
 
 
@@ -26,13 +27,8 @@ def token_rankings(model: SetDetector, batches: Iterable[list[dict]]) -> list[Te
     """
     encoder: Any = model.transformer.encoder
     before = getattr(encoder, "keep_ratio", None)
-    if before is None:
-        raise UserError(
-            f"the encoder of this model, {type(encoder).__name__}, has no keep ratio, so that no image can "
-            "have one of its own; Sparse DETR's and Focus-DETR's have one"
-        )
     recorder = TokenRankings()
-    encoder.keep_ratio = recorder
+    set_keep_ratio(model, recorder, "a number of tokens for each image")
     try:
         for batch in batches:
             model(batch)

@@ -23,12 +23,12 @@ from typing import TypeVar
 
 import numpy as np
 
+from .keep_ratio import USUAL_RANGE
+
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-LOWEST, HIGHEST = 0.05, 1.0  # keep ratios of the fastest and the slowest setting
-PROBES = (LOWEST, 0.3, HIGHEST)  # measured for the line
-ROUNDS = 3  # passes at each of them, and at the ratio that was read off
+ROUNDS = 3  # passes at each of the ratios that are measured, and at the one that was read off
 SIZE_STEP = 1.1  # batches whose numbers of pixels differ by less share a line
 PERCENTILE = 95
 RECENT = 60  # calls that the percentile is taken over,
@@ -41,6 +41,8 @@ class Line:
     """Seconds of a call by keep ratio, for batches of about ``pixels``: ``base + slope * ratio``.
 
     Attributes:
+        lowest, highest: keep ratios of the fastest and the slowest setting.
+        ratio: the one in use.
         factor: what the percentile of calls takes, over what the line says.
         recent: measured over expected time of the last calls.
         waiting: calls to come before ``factor`` may change again.
@@ -49,19 +51,25 @@ class Line:
     pixels: int
     base: float
     slope: float
-    ratio: float = HIGHEST
+    lowest: float
+    highest: float
+    ratio: float = field(init=False)
     factor: float = 1.0
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     waiting: int = PATIENCE
 
+    def __post_init__(self) -> None:
+        self.ratio = self.highest
+
     @classmethod
     def fit(cls, pixels: int, passes: list[tuple[float, float]]) -> Line:
-        """From (keep ratio, seconds) of single passes: least squares of the medians."""
+        """From (keep ratio, seconds) of single passes, which span the range: least squares of the medians."""
         ratios = sorted({ratio for ratio, _ in passes})
         medians = [float(np.median([s for r, s in passes if r == ratio])) for ratio in ratios]
         slope, base = np.polyfit(ratios, medians, 1)
         # On a busy machine more tokens may seem to take less time, or no token less than none.
-        line = cls(pixels, max(float(base), min(medians) / 10), max(float(slope), 1e-9))
+        base, slope = max(float(base), min(medians) / 10), max(float(slope), 1e-9)
+        line = cls(pixels, base, slope, lowest=ratios[0], highest=ratios[-1])
         for ratio, seconds in passes:
             line.note(ratio, seconds, pixels)
         return line
@@ -80,7 +88,7 @@ class Line:
         self.factor = float(np.percentile(self.recent, PERCENTILE))
         self.waiting = PATIENCE
         ratio = (target / self.factor - self.base) / self.slope
-        self.ratio = round(min(max(ratio, LOWEST), HIGHEST), 3)
+        self.ratio = min(max(round(ratio, 3), self.lowest), self.highest)
 
     def has_left(self, target: float) -> bool:
         """Whether recent calls say that another ratio is nearer to ``target``."""
@@ -88,12 +96,14 @@ class Line:
             return False
         factor = float(np.percentile(self.recent, PERCENTILE))
         miss = factor * self.expected(self.ratio, self.pixels) / target - 1
-        limit = HIGHEST if miss < 0 else LOWEST
+        limit = self.highest if miss < 0 else self.lowest
         return abs(miss) > TOLERANCE and self.ratio != limit
 
     def limits(self) -> tuple[float, float]:
         """Seconds of the percentile of calls at the fastest and the slowest setting."""
-        fastest, slowest = (self.factor * self.expected(r, self.pixels) for r in (LOWEST, HIGHEST))
+        fastest, slowest = (
+            self.factor * self.expected(ratio, self.pixels) for ratio in (self.lowest, self.highest)
+        )
         return fastest, slowest
 
 
@@ -104,14 +114,22 @@ class Dial:
         latency_ms: milliseconds that 95 of 100 calls may take.
         clock: seconds, of work that is done: on a GPU it waits for the device.
         device: what the log calls the machine.
+        ratios: the lowest and the highest keep ratio that it may set.
     """
 
     def __init__(
-        self, latency_ms: float, clock: Callable[[], float] = time.perf_counter, device: str = "machine"
+        self,
+        latency_ms: float,
+        clock: Callable[[], float] = time.perf_counter,
+        device: str = "machine",
+        ratios: tuple[float, float] = USUAL_RANGE,
     ):
         self.latency_ms = latency_ms
         self.clock = clock
         self.device = device
+        lowest, self.highest = ratios
+        # Measured for the line: the ends, and one below the middle, .3 of the usual range.
+        self.probes = lowest, round(lowest + 0.263 * (self.highest - lowest), 3), self.highest
         self.lines: dict[tuple[int, int], Line] = {}
 
     def __call__(
@@ -148,10 +166,10 @@ class Dial:
             run(ratio)
             return before + self.clock() - begin
 
-        run(HIGHEST)  # builds, compiles, asks for memory
+        run(self.highest)  # builds, compiles, asks for memory
         passes = []
         for number in range(ROUNDS):  # in turns, so that a drift does not tilt the line
-            order = PROBES if number % 2 else PROBES[::-1]
+            order = self.probes if number % 2 else self.probes[::-1]
             passes += [(ratio, seconds(ratio)) for ratio in order]
         line = Line.fit(pixels, passes)
         line.aim(target)
@@ -171,6 +189,7 @@ class Dial:
             logging.INFO if possible else logging.WARNING,
             f"latency_ms={self.latency_ms:g}{'' if possible else ' cannot be met, the nearest is used'}: "
             f"{images} image{'s' * (images > 1)} of {height}x{width} (height x width): "
-            f"{1e3 * fastest:.3g} to {1e3 * slowest:.3g} ms on this {self.device} at keep ratios {LOWEST:g} "
-            f"to {HIGHEST:g} ({PERCENTILE} % of calls, {passes} measured); keep_ratio={line.ratio:g}",
+            f"{1e3 * fastest:.3g} to {1e3 * slowest:.3g} ms on this {self.device} at keep ratios "
+            f"{line.lowest:g} to {line.highest:g} ({PERCENTILE} % of calls, {passes} measured); "
+            f"keep_ratio={line.ratio:g}",
         )

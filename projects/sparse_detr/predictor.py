@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from typing import Final, Protocol, overload, runtime_checkable
+from typing import Final, overload
 
 import numpy as np
 import torch
@@ -18,9 +18,10 @@ from torch import nn
 from .calibrate import token_rankings
 from .config import published_weights, resolve_config, stored_classes
 from .devices import clock, mixed_precision, resolve_device, resolve_dtype
-from .dial import HIGHEST, Dial
+from .dial import Dial
 from .engine.checkpoint import Checkpointer
 from .errors import UserError
+from .keep_ratio import keep_ratio_range, set_keep_ratio
 from .modeling import MeanRatio, SetDetector, pack_weights
 
 logger = logging.getLogger(__name__)
@@ -43,11 +44,6 @@ def build_model(
         device: "cuda", "cpu", or "auto" for the GPU if there is one.
     """
     return _build(config, weights, overrides, device)[1]
-
-
-@runtime_checkable
-class _HasKeepRatio(Protocol):
-    keep_ratio: float | None
 
 
 class Preparation:
@@ -97,8 +93,8 @@ class Predictor:
             config's; for models whose encoder has one. Also an attribute that can be set. ``calibrate``
             makes it a mean, with a number of tokens for each image.
         latency_ms: instead of ``keep_ratio``, milliseconds that 95 of 100 calls may take: the keep ratio
-            is found by a few passes at the first image of each size, see ``dial``. Also an attribute; the
-            one that was set last counts.
+            is found by a few passes at the first image of each size, see ``dial``, within the range
+            that an elastic model was trained for. Also an attribute; the one that was set last counts.
         dtype: precision, a torch dtype or its name: torch.bfloat16 and torch.float16 are mixed precision;
             "auto" is bfloat16 where the hardware multiplies in it, else float32.
 
@@ -174,7 +170,7 @@ class Predictor:
     def keep_ratio(self, value: float) -> None:
         if value is None or not 0 < value <= 1:
             raise UserError(f"keep_ratio={value} must lie in (0, 1]")
-        self._set_keep_ratio(value, f"keep_ratio={value}")
+        set_keep_ratio(self.model, value, f"keep_ratio={value}")
         self._dial = None
 
     @property
@@ -189,9 +185,10 @@ class Predictor:
             return
         if not value > 0:
             raise UserError(f"latency_ms={value} must be positive")
+        ratios = keep_ratio_range(self.model)
         if self.keep_ratio is None:  # which some encoders cannot change any more
-            self._set_keep_ratio(HIGHEST, f"latency_ms={value}")
-        self._dial = Dial(value, self._clock, self.model.device.type)
+            set_keep_ratio(self.model, ratios[1], f"latency_ms={value}")
+        self._dial = Dial(value, self._clock, self.model.device.type, ratios)
 
     def calibrate(self, images: Iterable[np.ndarray], keep_ratio: float) -> MeanRatio:
         """Gives each image a number of tokens of its own from here on: ``keep_ratio`` of them on average
@@ -211,18 +208,6 @@ class Predictor:
         rule = MeanRatio.calibrate(rankings, keep_ratio)
         self.keep_ratio = rule
         return rule
-
-    def _set_keep_ratio(self, value: float, asked: str) -> None:
-        encoder = self.model.transformer.encoder
-        if not isinstance(encoder, _HasKeepRatio):
-            raise UserError(
-                f"{asked}: the encoder of this model, {type(encoder).__name__}, has no "
-                "keep ratio; Sparse DETR's and Focus-DETR's have one"
-            )
-        try:
-            encoder.keep_ratio = value
-        except ValueError as error:  # built without a scoring network
-            raise UserError(f"{asked}: {error}") from error
 
     def _clock(self) -> float:
         return clock(self.model.device)
@@ -255,7 +240,7 @@ class Predictor:
         height, width = (max(entry["image"].shape[axis] for entry in entries) for axis in (1, 2))
 
         def run(ratio: float) -> list[dict]:
-            self._set_keep_ratio(ratio, "latency_ms")
+            set_keep_ratio(self.model, ratio, "latency_ms")
             return self.detect(entries)
 
         return self._dial((len(entries), height, width), run, start)

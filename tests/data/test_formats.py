@@ -1,6 +1,7 @@
 """YOLO, Pascal VOC and several COCO files: each becomes the set that it means, or a message."""
 
 import json
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,21 @@ def test_voc_with_its_lists(tmp_path):
     cfg = config(tmp_path, override)
     assert own_classes(cfg.data) == ["bird", "cat", "dog"] and has_test_set(cfg)
     check_own_data(cfg, "train", "val")
+
+
+def test_voc_files_are_parsed_once_until_they_change(tmp_path, monkeypatch):
+    parsed = []
+    parse = ElementTree.parse
+    monkeypatch.setattr(ElementTree, "parse", lambda path: parsed.append(path.stem) or parse(path))
+    write(tmp_path, VOC)
+    override = f"data.voc={tmp_path}"
+    assert own_classes(config(tmp_path, override).data) == ["bird", "cat", "dog"]
+    read(tmp_path, override)
+    read(tmp_path, override, "val")
+    assert sorted(parsed) == ["a", "b", "c"]
+    write(tmp_path, {"Annotations/a.xml": xml("a.png", ("cow", 1, 1, 40, 20))})
+    assert read(tmp_path, override)["JPEGImages/a.png"] == [("cow", 0, 0, 40, 20)]
+    assert sorted(parsed) == ["a", "a", "b", "c"]
 
 
 def test_voc_as_folders_of_xml_files(tmp_path):

@@ -86,6 +86,24 @@ def test_losses_are_those_of_each_group_at_its_ratio(config):
     torch.testing.assert_close(found, wanted)
 
 
+def test_the_log_has_the_mean_of_the_images():
+    """Of what each group of one ratio would log; not the last group's, whose ratio changes with the step."""
+    model = elastic_model()
+    batch = [sample(96, 128, seed=seed) for seed in range(4)]
+    with EventStorage(3) as storage:
+        model(batch)
+    found = storage.histories()["corr_mask_attn_map_dec_all"].values()
+    encoder, wanted = model.transformer.encoder, 0.0
+    ratios, encoder.elastic = encoder.elastic, None
+    for encoder.keep_ratio, members in ratios.groups(4, 3):
+        with EventStorage(3) as storage:
+            model(batch[members])
+        share = storage.latest()["corr_mask_attn_map_dec_all"][0]
+        assert share < 1 or encoder.keep_ratio == 1
+        wanted += share * len(batch[members]) / 4
+    assert found == [(pytest.approx(wanted, rel=1e-5), 3)]
+
+
 def test_a_step_decides_the_ratios_also_in_a_resumed_run():
     model = elastic_model()
     batch = [sample(96, 128, seed=seed) for seed in range(4)]

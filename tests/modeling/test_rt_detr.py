@@ -20,6 +20,16 @@ from .tiny import feature_maps, masks, reveal, sample, shrink, tiny_model, total
 
 CASES = Path(__file__).resolve().parents[1] / "parity" / "cases"
 RT_DETR = "rt_detr/rt_detr_r50_72ep"
+R101 = "rt_detr/rt_detr_r101_72ep"  # its encoder is wider than its decoder
+R101_SHAPES = {
+    "neck.convs.2.weight": (384, 2048, 1, 1),
+    "transformer.encoder.layers.0.attention.in_proj_weight": (3 * 384, 384),
+    "transformer.encoder.layers.0.ffn.linear1.weight": (2048, 384),
+    "transformer.encoder.fusion.pan_blocks.1.conv1.0.weight": (384, 768, 1, 1),
+    "transformer.encoder.fusion.output_convs.0.0.weight": (256, 384, 1, 1),
+    "transformer.proposal_head.projection.weight": (256, 256),
+    "transformer.decoder.layers.5.ffn.linear1.weight": (1024, 256),
+}
 
 
 class Nothing(torch.nn.Module):
@@ -192,10 +202,13 @@ def named(rules, key):
     return key
 
 
-def with_resnet_d(seed):
+def with_resnet_d(seed, name=RT_DETR):
     """Small but for its backbone, which is R18-D; the pyramid is narrow and has its last convolutions."""
     torch.manual_seed(seed)
-    config = shrink(get_config(RT_DETR).model)
+    config = shrink(get_config(name).model)
+    if name == R101:
+        config.neck.embed_dim = config.transformer.position.embed_dim = 48
+        config.transformer.encoder.layer.embed_dim = config.transformer.encoder.fusion.embed_dim = 48
     config.backbone = get_config("models/backbones.py").resnet18_d.backbone
     config.neck.in_channels = [128, 256, 512]
     config.transformer.encoder.fusion.expansion = 0.5
@@ -207,8 +220,9 @@ def with_resnet_d(seed):
     return model
 
 
-def test_weights_as_the_authors_publish_them(tmp_path):
-    model, again = with_resnet_d(0), with_resnet_d(1)
+@pytest.mark.parametrize("name", [RT_DETR, R101])
+def test_weights_as_the_authors_publish_them(name, tmp_path):
+    model, again = with_resnet_d(0, name), with_resnet_d(1, name)
     published = {}
     for key, value in model.state_dict().items():
         if key.startswith("backbone."):
@@ -267,7 +281,24 @@ def test_the_authors_backbone_starts_a_training(tmp_path):
     assert all(torch.equal(value, found[key]) for key, value in weights.items())
 
 
-def test_transformers_computes_the_same(tmp_path):
+def test_r101_has_the_published_widths():
+    """Those of transformers' ``rtdetr_r101vd`` (encoder_hidden_dim=384, encoder_ffn_dim=2048, d_model=256)."""
+    with torch.device("meta"):
+        model = instantiate(get_config(R101).model)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    assert {name: shapes[name] for name in R101_SHAPES} == R101_SHAPES
+    assert "backbone.res4.22.conv3.weight" in shapes and "backbone.res4.23.conv3.weight" not in shapes
+
+
+def test_r101_learns_a_batch():
+    model = reveal(with_resnet_d(0, R101)).train()
+    losses = model([sample(64, 64, seed=1), sample(64, 64, num_boxes=3, seed=2)])
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_transformers_computes_the_same(wide, tmp_path):
     """Its model, saved by itself and loaded here, on images that are no squares."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -278,9 +309,9 @@ def test_transformers_computes_the_same(tmp_path):
     config = transformers.RTDetrConfig(
         backbone_config=backbone,
         encoder_in_channels=widths[1:],
-        encoder_hidden_dim=32,
+        encoder_hidden_dim=48 if wide else 32,
         d_model=32,
-        decoder_in_channels=[32] * 3,
+        decoder_in_channels=[48 if wide else 32] * 3,
         encoder_attention_heads=4,
         decoder_attention_heads=4,
         encoder_ffn_dim=48,
@@ -297,7 +328,7 @@ def test_transformers_computes_the_same(tmp_path):
         torch.nn.init.normal_(parameter, std=0.3)
     theirs.save_pretrained(tmp_path)
 
-    model = with_resnet_d(1)
+    model = with_resnet_d(1, R101 if wide else RT_DETR)
     Checkpointer(model).load(str(tmp_path), checkpointables=[])
     images = torch.rand(2, 3, 96, 160)
     with torch.no_grad():

@@ -183,7 +183,7 @@ def _read(data: Mapping[str, Any], split: str) -> Report:
     if kind == "yolo":
         report = read_yolo(data["yolo"], split)
     elif kind == "voc":
-        report = read_voc(data["voc"], split, voc_classes(data["voc"]))
+        report = read_voc(data["voc"], split)
     elif isinstance(file := data[f"{split}_json"], str):
         report = Report(str(file), str(data[f"{split}_images"]), read_annotations(file))
     else:

@@ -1,8 +1,9 @@
 """*Shapes*: a small detection set in COCO format, drawn from a seed; nothing is downloaded.
 
 Five classes, each an outline. Discs and stars share a hue, triangles and crosses another, so that colour
-alone names little more than half of the objects; backgrounds are cluttered and of muted colours. Objects are textured, rotated, squeezed, partly hidden by others
-or cut by the border, and span an order of magnitude in size; one image in fourteen holds none.
+alone names little more than half of the objects; backgrounds are cluttered and of muted colours.
+Objects are textured, rotated, squeezed, partly hidden by others or cut by the border, and span an order
+of magnitude in size; one image in fourteen holds none.
 Distractors (rings, bars, blobs, half discs; muted, or as vivid as an object) are not annotated.
 Boxes and areas are those of the visible pixels.
 

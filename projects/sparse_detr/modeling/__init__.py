@@ -7,8 +7,9 @@ from .cascade import CascadeEncoder, DualAttentionLayer
 from .criterion import Predictions, SetCriterion
 from .decoder import DecoderOutput, DeformableDecoder, DeformableDecoderLayer
 from .denoising import ContrastiveDenoising
+from .detectors import DINO, RTDETR, DeformableDETR, FocusDETR, LiteDETR, SalienceDETR, SparseDETR
 from .elastic import KeepRatios
-from .encoder import DeformableEncoderLayer, DenseEncoder, Encoder, EncoderLayer, EncoderOutput
+from .encoder import DeformableEncoderLayer, DenseEncoder, Encoder, EncoderLayer, EncoderOutput, LayerInput
 from .encoders import *  # noqa: F403  all encoders
 from .encoders import __all__ as _encoders
 from .fusion import FusionNeck
@@ -16,16 +17,7 @@ from .heads import DetectionHeads
 from .hybrid import HybridQueries
 from .layers import ChannelMapper, SinePosition, clone_layers
 from .matcher import HungarianMatcher, Target
-from .meta_arch import (
-    DINO,
-    RTDETR,
-    DeformableDETR,
-    FocusDETR,
-    LiteDETR,
-    SalienceDETR,
-    SetDetector,
-    SparseDETR,
-)
+from .meta_arch import SetDetector
 from .packing import pack_weights
 from .proposals import LearnedQueries, MixedQueries, ProposalHead, ProposalQueries
 from .selection import TokenRange, TokenScorer, TokenSet, keep_best, keep_best_of_levels
@@ -56,6 +48,7 @@ __all__ = [
     "HybridQueries",
     "ImageBudgets",
     "KeepRatios",
+    "LayerInput",
     "LearnedQueries",
     "LiteDETR",
     "MSDeformAttn",

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .encoder import Encoder, EncoderLayer, EncoderOutput, Steps
+from .encoder import Encoder, EncoderLayer, EncoderOutput, LayerInput, Steps
 from .layers import at_least_float32, clone_layers
-from .selection import ChosenTokens, ForegroundScorer, TokenSet, share_of
+from .selection import ForegroundScorer, TokenSet, share_of
 from .tokens import LevelShapes, Tokens, gather_tokens, scatter_tokens
 
 if TYPE_CHECKING:
@@ -154,32 +154,15 @@ class CascadeEncoder(Encoder):
             steps.append((layer, encoded.kept.first(count, own)))
         return steps
 
-    def refresh(
-        self,
-        layer: nn.Module,
-        x: Tensor,
-        value: Tensor,
-        chosen: ChosenTokens,
-        tokens: Tokens,
-        proposal_head: ProposalHead | None,
-        encoded: EncoderOutput,
-    ) -> Tensor:
-        """Object tokens exchange information first, then all attend over ``value`` (dual attention)."""
-        assert isinstance(chosen, TokenSet) and proposal_head is not None
+    def refresh(self, layer: nn.Module, given: LayerInput) -> Tensor:
+        """Object tokens exchange information first, then all attend over the value (dual attention)."""
+        chosen = given.chosen
+        assert isinstance(chosen, TokenSet) and given.proposal_head is not None
         own = chosen.own if self._apart(chosen) else None
-        objects = self.objects(x, chosen.gather(chosen.ranking), own, proposal_head)  # (B, O)
-        encoded.intermediate["objects"].append(chosen.index.gather(1, objects))
+        objects = self.objects(given.x, chosen.gather(chosen.ranking), own, given.proposal_head)  # (B, O)
+        given.encoded.intermediate["objects"].append(chosen.index.gather(1, objects))
         hidden = None if own is None else ~own.gather(1, objects)
-        return layer(
-            x,
-            chosen.position,
-            chosen.reference,
-            value,
-            tokens.shapes,
-            tokens.value_mask,
-            objects=objects,
-            object_mask=hidden,
-        )
+        return layer(*given.deformable, objects=objects, object_mask=hidden)
 
     def _apart(self, kept: TokenSet) -> bool:
         """Whether each image has its own number of tokens in every layer, and sees no others of them."""

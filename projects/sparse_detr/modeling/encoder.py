@@ -63,6 +63,30 @@ class EncoderOutput:
         return rank < self.kept.budgets[:, None]
 
 
+@dataclass
+class LayerInput:
+    """What a layer may read when it refreshes tokens.
+
+    Attributes:
+        x: (B, K, C) the tokens as they are; chosen: which they are.
+        value: (B, N, C) all tokens, to attend over.
+        tokens, proposal_head, encoded: as ``Encoder.steps`` gets them.
+    """
+
+    x: Tensor
+    chosen: ChosenTokens
+    value: Tensor
+    tokens: Tokens
+    proposal_head: ProposalHead | None
+    encoded: EncoderOutput
+
+    @property
+    def deformable(self) -> tuple[Tensor, Tensor, Tensor, Tensor, LevelShapes, Tensor | None]:
+        """The arguments of a ``DeformableEncoderLayer``."""
+        chosen, tokens = self.chosen, self.tokens
+        return self.x, chosen.position, chosen.reference, self.value, tokens.shapes, tokens.value_mask
+
+
 class Encoder(nn.Module):
     """The loop that all encoders are; a method fills in ``steps``, and what else its paper has.
 
@@ -102,7 +126,7 @@ class Encoder(nn.Module):
             if part is not chosen:
                 chosen, x = part, part.gather(encoded.memory)  # (B, K, C)
             value = encoded.memory if self.running_value else tokens.features
-            x = self.refresh(layer, x, value, chosen, tokens, proposal_head, encoded)
+            x = self.refresh(layer, LayerInput(x, chosen, value, tokens, proposal_head, encoded))
             # The first write copies the features; inference then updates that copy.
             in_place = encoded.memory is not tokens.features and not torch.is_grad_enabled()
             encoded.memory = chosen.scatter(encoded.memory, x, in_place)
@@ -120,18 +144,9 @@ class Encoder(nn.Module):
         """
         raise NotImplementedError
 
-    def refresh(
-        self,
-        layer: nn.Module,
-        x: Tensor,
-        value: Tensor,
-        chosen: ChosenTokens,
-        tokens: Tokens,
-        proposal_head: ProposalHead | None,
-        encoded: EncoderOutput,
-    ) -> Tensor:
-        """``layer`` on the ``chosen`` tokens ``x`` (B, K, C), attending over ``value`` (B, N, C)."""
-        return layer(x, chosen.position, chosen.reference, value, tokens.shapes, tokens.value_mask)
+    def refresh(self, layer: nn.Module, given: LayerInput) -> Tensor:
+        """(B, K, C), the chosen tokens after ``layer``."""
+        return layer(*given.deformable)
 
     def published_notes(self) -> list[str]:
         """What users must know before they load a published file: settings that it does not tell."""

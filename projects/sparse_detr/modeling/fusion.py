@@ -134,6 +134,7 @@ class FusionNeck(nn.Module):
         context: blocks with a residual and a global context (Salience DETR), or plain ones (RT-DETR).
         expansion: channels inside a layer, as a share of ``embed_dim``.
         project: a last 1x1 convolution with norm for each level.
+        output_dim: channels that it leads to; None: ``embed_dim``.
         norm: detectron2's name of the batch norm; "SyncBN" takes the statistics over all GPUs.
         mask_padding: padded cells are zero wherever a convolution reads them, and no part of a context:
             an image's result in evaluation does not depend on its batch. False convolves over whatever
@@ -149,10 +150,16 @@ class FusionNeck(nn.Module):
         context: bool = True,
         expansion: float = 1.0,
         project: bool = False,
+        output_dim: int | None = None,
         norm: str = "BN",
         mask_padding: bool = False,
     ):
         super().__init__()
+        if output_dim not in (None, embed_dim) and not project:
+            raise ValueError(
+                f"FusionNeck: output_dim={output_dim} needs project=True: its last convolutions lead there "
+                f"from embed_dim={embed_dim}"
+            )
         self.mask_padding = mask_padding
         steps = range(num_levels - 1)  # i: between the levels i and i + 1
         layer = embed_dim, int(embed_dim * expansion), groups, norm, context
@@ -163,7 +170,8 @@ class FusionNeck(nn.Module):
         )
         self.pan_blocks = ModuleList(FusionLayer(*layer) for _ in steps)
         self.output_convs = ModuleList(
-            ConvNorm(embed_dim, embed_dim, 1, norm=norm) for _ in range(num_levels if project else 0)
+            ConvNorm(embed_dim, output_dim or embed_dim, 1, norm=norm)
+            for _ in range(num_levels if project else 0)
         )
         self.init_weights()
 
@@ -175,7 +183,7 @@ class FusionNeck(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, memory: Tensor, tokens: Tokens) -> Tensor:
-        """(B, N, C) -> (B, N, C)."""
+        """(B, N, C) -> (B, N, output_dim or C)."""
         maps = [
             level.mT.unflatten(2, shape) for level, shape in zip(tokens.split_levels(memory), tokens.shapes)
         ]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable, instantiate
-from detectron2.modeling import META_ARCH_REGISTRY, Backbone, detector_postprocess
+from detectron2.modeling import Backbone, detector_postprocess
 from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
@@ -164,7 +163,9 @@ class SetDetector(nn.Module):
             if self.transformer.encoder.elastic is not None:
                 return self._elastic_losses(self.transformer.encoder.elastic, images, targets, part)
             output = self.detect(images, targets)
-            return self.losses(output, targets, part)
+            losses = self.losses(output, targets, part)
+            _log(output.encoded.metrics)
+            return losses
         # Some encoders look at the whole batch: such an image must not reach them.
         broken = [
             index
@@ -252,22 +253,24 @@ class SetDetector(nn.Module):
     def _elastic_losses(
         self, ratios: KeepRatios, images: ImageList, targets: list[Target], part: BatchPart | None
     ) -> dict[str, Tensor]:
-        """``losses`` of a batch whose images have different keep ratios."""
+        """``losses`` of a batch whose images have different keep ratios; the log gets the images' mean."""
         encoder = self.transformer.encoder
         maps, masks, sizes, padded = self._levels(images)
         part = part or BatchPart(sum(len(t.labels) for t in targets))
         step = get_event_storage().iter if has_event_storage() else 0
         losses: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         usual = encoder.keep_ratio
         try:
             for encoder.keep_ratio, members in ratios.groups(len(targets), step):
                 some_maps, some_masks = ([x[members] for x in levels] for levels in (maps, masks))
                 output = self._transform(some_maps, some_masks, sizes[members], padded, targets[members])
                 group = replace(part, share=len(targets[members]) / len(targets))
-                for name, value in self.losses(output, targets[members], group).items():
-                    losses[name] = losses[name] + value if name in losses else value
+                _add(losses, self.losses(output, targets[members], group))
+                _add(metrics, {name: value * group.share for name, value in output.encoded.metrics.items()})
         finally:
             encoder.keep_ratio = usual
+        _log(metrics)
         return losses
 
     def _check_autocast(self) -> None:
@@ -398,10 +401,18 @@ class SetDetector(nn.Module):
         encoder = self.transformer.encoder
         own = encoder.losses(output.encoded, output.decoded, output.tokens, targets)
         losses.update({name: value * share for name, value in own.items()})
-        if has_event_storage():
-            for name, value in output.encoded.metrics.items():
-                get_event_storage().put_scalar(name, value)
         return losses
+
+
+def _add(total: dict[str, Tensor], part: Mapping[str, Tensor]) -> None:
+    for name, value in part.items():
+        total[name] = total[name] + value if name in total else value
+
+
+def _log(metrics: Mapping[str, Tensor]) -> None:
+    if has_event_storage():
+        for name, value in metrics.items():
+            get_event_storage().put_scalar(name, value)
 
 
 def _check_input(
@@ -431,73 +442,3 @@ def _pad_and_stack(maps: Sequence[Tensor], value: float) -> Tensor:
     return torch.stack(
         [F.pad(m, (0, width - m.shape[-1], 0, height - m.shape[-2]), value=value) for m in maps]
     )
-
-
-class DeformableDETR(SetDetector):
-    """Deformable DETR (Zhu et al., ICLR 2021) and what configs compose on it."""
-
-    default_config = "deformable_detr/deformable_detr_r50_two_stage_50ep"
-
-
-class DINO(SetDetector):
-    """DINO (Zhang et al., ICLR 2023) and what configs compose on it."""
-
-    default_config = "dino/dino_r50_4scale_12ep"
-
-
-# The same class under each paper's name: what differs is the encoder that its config composes.
-class SparseDETR(DeformableDETR):
-    """Sparse DETR (Roh et al., ICLR 2022)."""
-
-    default_config = "sparse_detr/sparse_detr_r50_30_50ep"
-
-
-class FocusDETR(DINO):
-    """Focus-DETR (Zheng et al., ICCV 2023)."""
-
-    default_config = "focus_detr/focus_detr_r50_4scale_12ep"
-
-
-class LiteDETR(DINO):
-    """Lite DETR (Li et al., CVPR 2023)."""
-
-    default_config = "lite_detr/lite_dino_r50_h3l1_2p1x3_36ep"
-
-
-class SalienceDETR(DINO):
-    """Salience DETR (Hou et al., CVPR 2024)."""
-
-    default_config = "salience_detr/salience_detr_r50_4scale_12ep"
-
-
-class RTDETR(DINO):
-    """RT-DETR (Zhao et al., CVPR 2024)."""
-
-    default_config = "rt_detr/rt_detr_r50_72ep"
-
-
-def _register(*detectors: type[SetDetector]) -> None:
-    """Makes the detectors known to detectron2; once more, after a reload, without effect.
-
-    Raises:
-        UserError: one of the names is another project's.
-    """
-    taken = {}
-    for detector in detectors:
-        if detector.__name__ in META_ARCH_REGISTRY:
-            known = META_ARCH_REGISTRY.get(detector.__name__)
-            if getattr(sys.modules.get(known.__module__), "__file__", None) != __file__:
-                taken[detector.__name__] = known.__module__
-    if taken:
-        raise UserError(
-            f"{__name__} registers {', '.join(taken)} in detectron2's META_ARCH_REGISTRY, where "
-            f"{', '.join(sorted(set(taken.values())))} has put another class under that name: import "
-            "one of the two in a process"
-        )
-    for detector in detectors:
-        if detector.__name__ not in META_ARCH_REGISTRY:
-            META_ARCH_REGISTRY.register(detector)
-
-
-# SetDetector: for configs that have no name here (``MODEL.SPARSE_DETR.CONFIG``).
-_register(SetDetector, DeformableDETR, DINO, SparseDETR, FocusDETR, LiteDETR, SalienceDETR, RTDETR)

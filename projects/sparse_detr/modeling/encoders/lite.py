@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..encoder import DeformableEncoderLayer, Encoder, EncoderOutput, Steps
+from ..encoder import DeformableEncoderLayer, Encoder, EncoderOutput, LayerInput, Steps
 from ..layers import FFN, clone_layers
-from ..selection import ChosenTokens, TokenRange
+from ..selection import TokenRange
 from ..tokens import LevelShapes, Tokens
 
 if TYPE_CHECKING:
@@ -152,24 +152,7 @@ class LiteEncoder(Encoder):
                 steps.append((self.low_layers[index // self.layers_per_block], low))
         return steps
 
-    def refresh(
-        self,
-        layer: nn.Module,
-        x: Tensor,
-        value: Tensor,
-        chosen: ChosenTokens,
-        tokens: Tokens,
-        proposal_head: ProposalHead | None,
-        encoded: EncoderOutput,
-    ) -> Tensor:
-        assert isinstance(chosen, TokenRange)
-        num_low = tokens.level_starts[-self.num_high_levels] if chosen.start == 0 else 0
-        return layer(
-            x,
-            chosen.position,
-            chosen.reference,
-            value,
-            tokens.shapes,
-            tokens.value_mask,
-            num_low=num_low,
-        )
+    def refresh(self, layer: nn.Module, given: LayerInput) -> Tensor:
+        assert isinstance(given.chosen, TokenRange)
+        num_low = given.tokens.level_starts[-self.num_high_levels] if given.chosen.start == 0 else 0
+        return layer(*given.deformable, num_low=num_low)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ..encoder import Encoder, EncoderLayer, EncoderOutput, Steps
+from ..encoder import Encoder, EncoderLayer, EncoderOutput, LayerInput, Steps
 from ..layers import clone_layers
-from ..selection import ChosenTokens, TokenRange
+from ..selection import TokenRange
 from ..tokens import Tokens
 
 if TYPE_CHECKING:
@@ -117,18 +117,10 @@ class HybridEncoder(Encoder):
         coarsest = TokenRange(tokens, tokens.level_starts[-1])
         return [(layer, coarsest) for layer in self.layers]
 
-    def refresh(
-        self,
-        layer: nn.Module,
-        x: Tensor,
-        value: Tensor,
-        chosen: ChosenTokens,
-        tokens: Tokens,
-        proposal_head: ProposalHead | None,
-        encoded: EncoderOutput,
-    ) -> Tensor:
-        mask = chosen.gather(tokens.mask) if self.mask_padding and tokens.has_padding else None
-        return layer(x, chosen.position, mask)
+    def refresh(self, layer: nn.Module, given: LayerInput) -> Tensor:
+        tokens = given.tokens
+        mask = given.chosen.gather(tokens.mask) if self.mask_padding and tokens.has_padding else None
+        return layer(given.x, given.chosen.position, mask)
 
     def forward(self, tokens: Tokens, proposal_head: ProposalHead | None = None) -> EncoderOutput:
         encoded = super().forward(tokens, proposal_head)
