@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparse_detr import config
 from sparse_detr.analysis import analyze
 from sparse_detr.devices import mixed_precision
-from sparse_detr.modeling.meta_arch import SetDetector
+from sparse_detr.modeling import SetDetector, pack_weights
 
 from .ops import load
 from .timing import Timing, peak_memory, take_turns
@@ -47,6 +47,7 @@ def ours(text: str, device: str) -> Contender:
     name, path, overrides = match["name"], match["path"], match["overrides"].split()
     torch.manual_seed(0)
     model = instantiate(config.load_config(path, overrides).model).to(device).eval()
+    pack_weights(model)  # as ``Predictor`` does; training runs unpacked
     return Contender(
         name or " ".join([path.rsplit("/", 1)[-1], *overrides]),
         model,
