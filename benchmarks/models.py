@@ -86,7 +86,7 @@ def peer(text: str, device: str) -> Contender:
 
 
 def measure(contenders: list[Contender], size: tuple[int, int], rounds: int, device: str) -> None:
-    """Fills in the timings of inference, whole and of the encoder on what it receives there."""
+    """Fills in time and memory of inference, and the time of the encoder on what it receives there."""
     g = torch.Generator().manual_seed(0)
     images = [torch.randn(1, 3, *size, generator=g).to(device) for _ in range(2)]
     with torch.inference_mode():
@@ -99,6 +99,8 @@ def measure(contenders: list[Contender], size: tuple[int, int], rounds: int, dev
         )
         for contender in contenders:
             contender.timings["model"] = found[contender.name]
+            if contender.parameters:  # others do not take their memory from torch
+                found[contender.name].memory = peak_memory(lambda c=contender: c.detect(images[0]), device)
         found = take_turns(
             {
                 c.name: lambda _, c=c: c.encoder(*received[c.name][0], **received[c.name][1])

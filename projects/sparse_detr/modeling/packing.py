@@ -58,22 +58,21 @@ def _packed_class(module: nn.Module) -> type[nn.Module] | None:
 
 
 class _Packed(nn.Module):
-    """A layer whose weights have a packed copy, made anew when its dtype or the weights change."""
+    """A layer whose weights have packed copies, one per dtype, made anew when the weights change."""
 
     weight: Any
     bias: Any
-    _packed_from: tuple = ()
-    _packed: tuple[Tensor, Tensor | None]
+    _packed: dict[torch.dtype, tuple]
 
     def packed(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Weight and bias as oneDNN's operators take them."""
+        copies = self.__dict__.setdefault("_packed", {})
         versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in self.sources()]
-        if self._packed_from != (dtype, versions):
+        if dtype not in copies or copies[dtype][0] != versions:
             weight, bias = self.folded()
             weight = self.reorder(weight.detach().to(dtype))
-            self._packed = weight, None if bias is None else bias.detach().to(dtype)
-            self._packed_from = dtype, versions
-        return self._packed
+            copies[dtype] = versions, weight, None if bias is None else bias.detach().to(dtype)
+        return copies[dtype][1:]
 
     def sources(self) -> list[Tensor]:
         """The parameters and buffers that weight and bias are made of."""
@@ -87,7 +86,7 @@ class _Packed(nn.Module):
 
     def __getstate__(self) -> dict:
         """Copies and pickles pack for themselves: oneDNN's tensors can do neither."""
-        return {name: value for name, value in self.__dict__.items() if not name.startswith("_packed")}
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
 
 
 def _input(layer: nn.Module, x: Tensor) -> Tensor | None:
