@@ -13,7 +13,7 @@ from sparse_detr.export import TensorDetector
 from sparse_detr.modeling import build_resnet_d, pack_weights
 from sparse_detr.modeling.backbone import fold_frozen_norms
 from sparse_detr.modeling.layers import FFN
-from sparse_detr.modeling.packing import ROWS, PackedLinear
+from sparse_detr.modeling.packing import ROWS, PackedLinear, unpack_weights
 
 from .tiny import reveal, sample, tiny_model
 
@@ -57,6 +57,11 @@ def test_the_function_and_the_names_of_the_parameters_stay(config):
     state = packed.state_dict()
     assert list(state) == list(model.state_dict())
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    again = copy.deepcopy(packed)
+    unpack_weights(again)
+    assert not any("Packed" in type(module).__name__ for module in again.modules())
+    for expected, found in zip(outputs(model), outputs(again), strict=True):
+        assert torch.equal(expected, found)
     # in float64 nothing is packed, and every digit stays
     for expected, found in zip(outputs(model.double()), outputs(packed.double()), strict=True):
         assert torch.equal(expected, found)

@@ -49,6 +49,15 @@ def pack_weights(model: nn.Module) -> None:
                 block.owns_input = True  # nothing else reads what the block before it returned
 
 
+def unpack_weights(model: nn.Module) -> None:
+    """What ``pack_weights`` changed, as it was; for tools that look for torch's and detectron2's classes."""
+    unpacked = {packed: plain for plain, packed in PACKED.items() if plain is not ClassHead}
+    for module in model.modules():
+        if type(module) in unpacked:
+            module.__class__ = unpacked[type(module)]
+            module.__dict__.pop("_packed", None)
+
+
 def _packed_class(module: nn.Module) -> type[nn.Module] | None:
     if isinstance(module, FrozenNormConv2d) and module.activation not in (None, F.relu, F.relu_):
         return None
