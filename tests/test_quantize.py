@@ -7,6 +7,7 @@ from sparse_detr import quantize
 from sparse_detr.cli import quantize as command
 from sparse_detr.errors import UserError
 from sparse_detr.export import TensorDetector
+from sparse_detr.predictor import Predictor
 
 from .test_export import OTHERS, TRACED, image, model
 from .test_tradeoff import save_run
@@ -38,8 +39,7 @@ def test_maps_of_any_size_are_close_to_those_in_float(detectors):
 @torch.no_grad()
 def test_what_is_in_int8_and_what_is_not(detectors):
     detector, int8 = detectors
-    parts = quantize.quantize.__globals__["_parts"](detector)
-    assert list(parts) == ["maps", "layers.0.ffn", "layers.1.ffn"]
+    assert list(quantize._parts(detector)) == ["maps", "layers.0.ffn", "layers.1.ffn"]
     names = [str(node.target) for node in int8.backbone.graph.graph.nodes if node.op == "call_function"]
     products = [name for name in names if "qconv" in name]
     convolutions = [m for m in detector.backbone.modules() if isinstance(m, torch.nn.Conv2d)]
@@ -61,18 +61,20 @@ def test_tensors_in_tensors_out_as_the_exported_file(detectors):
         assert (boxes >= 0).all() and (boxes <= torch.tensor(size[::-1] * 2)).all()
 
 
-def test_the_command_writes_a_file_that_predicts_the_same(tmp_path, capsys):
+def test_the_command_writes_a_file_that_predicts_nearly_the_same(tmp_path, capsys):
     pytest.importorskip("torchao.quantization.pt2e")
     (tmp_path / "run").mkdir()
     run, path = save_run(tmp_path / "run", "sparse_detr/sparse_detr_r50_30_50ep"), tmp_path / "int8.pth"
     command.main(["--run", run, "--output", str(path), "--images", "2", "--evaluate"])
     printed = capsys.readouterr().out
     assert "MB" in printed and "AP" in printed
-    first, second = (quantize.load(path, dtype="float32") for _ in range(2))
-    pixels = (image((64, 80))[0].permute(1, 2, 0)).byte().numpy()
-    one, other = (predict(pixels)["instances"] for predict in (first, second))
-    assert len(one) and torch.equal(one.pred_boxes.tensor, other.pred_boxes.tensor)
-    assert first.class_names == second.class_names and len(first.class_names) == 5
+    predict, before = quantize.load(path, dtype="float32"), Predictor(run, device="cpu")
+    assert predict.class_names == before.class_names and len(predict.class_names) == 5
+    pixels = image((64, 80))[0].permute(1, 2, 0).byte().numpy()
+    found, expected = (one(pixels)["instances"] for one in (predict, before))
+    assert len(found) == len(expected) > 0
+    assert 0 < (found.scores - expected.scores).abs().max() < 0.01
+    assert (found.pred_boxes.area().sort()[0] - expected.pred_boxes.area().sort()[0]).abs().max() < 64
 
 
 def test_a_file_of_another_kind_is_an_error_in_one_line(tmp_path):

@@ -65,7 +65,9 @@ def quantize(detector: SetDetector, batches: Iterable[list[dict]]) -> dict[str, 
         config = x86.get_default_x86_inductor_quantization_config()
         graph = _export(module, example).module(check_guards=False)
         assert isinstance(graph, GraphModule)
-        observed[name] = prepare_pt2e(graph, x86.X86InductorQuantizer().set_global(config))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the pooling, which stays as it is
+            observed[name] = prepare_pt2e(graph, x86.X86InductorQuantizer().set_global(config))
     watched, count = _replaced(detector, observed), 0
     for batch in batches:
         watched(batch)
@@ -94,8 +96,8 @@ def with_int8(detector: SetDetector, programs: Mapping[str, ExportedProgram]) ->
         left = [str(n.target) for n in lowered.graph.nodes if _is_float_product(n)]
         if left:
             raise UserError(
-                f"{len(left)} products of {name} would stay in floating point ({left[0]}): torchao has no int8 "
-                f"operator for them in the backbone {type(detector.backbone).__name__}"
+                f"{len(left)} products of {name} would stay in floating point ({left[0]}): torchao has no "
+                f"int8 operator for them in the backbone {type(detector.backbone).__name__}"
             )
         graphs[name] = lowered
     return _replaced(detector, graphs)
@@ -226,7 +228,9 @@ def _export(module: nn.Module, example: Tensor) -> ExportedProgram:
             warnings.simplefilter("ignore")
             program = torch.export.export(module, (example,), dynamic_shapes=(free,))
     except Exception as error:  # the tracers' own types are private and change with torch
-        raise UserError(f"int8: this backbone cannot be traced with free sizes ({str(error)[:200]})") from error
+        raise UserError(
+            f"int8: this backbone cannot be traced with free sizes ({str(error)[:200]})"
+        ) from error
     if any(n.target is torch.ops.aten.sym_size.int for n in program.graph.nodes):
         raise UserError("int8: this backbone computes with the sizes of its maps; ResNets do not")
     return program

@@ -4,10 +4,10 @@
     sparse-detr quantize --run output/my_run --input photos/ --images 64 --output int8.pth
     sparse-detr quantize --run output/my_run --evaluate
 
-Without training: ranges are taken from images, of --input or, without it, of the run's training set, resized as for
-its test set; annotations are not used. The last lines compare detections and milliseconds in float32, in the
-precision of --dtype, and in int8 with the rest in that; --evaluate adds the AP of the run's validation
-set. Needs torchao. How to use the file: docs/quantize.md.
+Without training: ranges are taken from images, of --input or, without it, of the run's training set, resized
+as for its test set; annotations are not used. The last lines compare detections and milliseconds in float32, in
+the precision of --dtype, and in int8 with the rest in that; --evaluate adds the AP on the run's validation set.
+Needs torchao. How to use the file: docs/quantize.md.
 """
 
 import argparse
@@ -69,8 +69,8 @@ class Contender:
 
 
 def agreement(found: Instances, expected: Instances) -> tuple[int, int]:
-    """Of the expected detections with a score of at least SCORE: how many ``found`` has, with the same class
-    and an IoU of at least IOU, at any score of at least half of SCORE; and how many there are."""
+    """Of the expected detections with a score of at least SCORE: how many ``found`` has, of the same class, with
+    an IoU of at least IOU and half that score or more; and how many there are."""
     expected, found = expected[expected.scores >= SCORE], found[found.scores >= SCORE / 2]
     same = pairwise_iou(expected.pred_boxes, found.pred_boxes) >= IOU
     same &= expected.pred_classes[:, None] == found.pred_classes
@@ -144,9 +144,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     source = args.run or args.config_file
-    predict = Predictor(
-        source, args.weights, overrides=args.opts, device="cpu", keep_ratio=args.keep_ratio
-    )
+    predict = Predictor(source, args.weights, overrides=args.opts, device="cpu", keep_ratio=args.keep_ratio)
     if args.evaluate and not has_test_set(predict.cfg):
         raise UserError(f"{source} has no validation set: pass --opts data.val_json=... data.val_images=...")
     dtype = resolve_dtype(args.dtype, predict.model.device, "--dtype")
@@ -167,5 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         head.append("AP")
         precisions = {name: average_precision(predict, one, name) for name, one in contenders.items()}
     aligned = ("left", *["right"] * (len(head) - 1))
-    print(tabulate(list(rows(contenders, precisions)), head, "simple", colalign=aligned, disable_numparse=True))
+    print(
+        tabulate(list(rows(contenders, precisions)), head, "simple", colalign=aligned, disable_numparse=True)
+    )
     print(f"on {min(COMPARED, len(batches))} of the calibration's images, {torch.get_num_threads()} threads")
