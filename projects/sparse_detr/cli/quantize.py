@@ -4,10 +4,10 @@
     sparse-detr quantize --run output/my_run --input photos/ --images 64 --output int8.pth
     sparse-detr quantize --run output/my_run --evaluate
 
-Without training: ranges are taken from images, of --input or, without it, of the run's training set, resized
-as for its test set; annotations are not used. The last lines compare detections and milliseconds in float32, in
-the precision of --dtype, and in int8 with the rest in that; --evaluate adds the AP on the run's validation set.
-Needs torchao. How to use the file: docs/quantize.md.
+Without training: ranges are taken from images, of --input or, without it, of the run's training set,
+resized as for its test set; annotations are not used. The last lines compare detections and milliseconds in
+float32, in the precision of --dtype, and in int8 with the rest in that; --evaluate adds the AP on the run's
+validation set. Needs torchao. How to use the file: docs/quantize.md.
 """
 
 import argparse
@@ -69,8 +69,8 @@ class Contender:
 
 
 def agreement(found: Instances, expected: Instances) -> tuple[int, int]:
-    """Of the expected detections with a score of at least SCORE: how many ``found`` has, of the same class, with
-    an IoU of at least IOU and half that score or more; and how many there are."""
+    """Of the expected detections with a score of at least SCORE: how many ``found`` has, of the same class,
+    with an IoU of at least IOU and at least half of SCORE; and how many there are."""
     expected, found = expected[expected.scores >= SCORE], found[found.scores >= SCORE / 2]
     same = pairwise_iou(expected.pred_boxes, found.pred_boxes) >= IOU
     same &= expected.pred_classes[:, None] == found.pred_classes
