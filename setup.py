@@ -54,6 +54,7 @@ setup(
         "dev": requirements("dev"),
         "export": ["onnx", "onnxscript", "onnxruntime"],
         "fast-eval": ["faster-coco-eval"],
+        "int8": ["torchao"],
         "safetensors": ["safetensors"],
         "timm": ["timm>=1.0"],
         "vis": ["opencv-python-headless", "matplotlib", "jinja2"],

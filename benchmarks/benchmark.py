@@ -62,6 +62,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     model.add_argument("--size", type=_checkout.image_size, default=(800, 1066), metavar="HxW")
     model.add_argument("--bf16", action="store_true", help="each of our models in bfloat16 as well")
+    model.add_argument("--int8", action="store_true", help="and in int8 (CPU; needs torchao)")
     model.add_argument("--train", action="store_true", help="a training step too: time and memory")
     args = parser.parse_args(argv)
     args.rounds = args.rounds or (15 if args.command == "op" else 7)
@@ -69,6 +70,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--rounds must be at least 2: a spread needs two")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no GPU")
+    if args.command == "model" and args.int8 and (args.device != "cpu" or args.train):
+        parser.error("--int8: for inference on a CPU, without --train and --device cuda")
     return args
 
 
@@ -125,8 +128,11 @@ def benchmark_models(args: argparse.Namespace) -> tuple[str, list[dict]]:
 
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
     contenders = [models.ours(text, args.device) for text in args.models]
+    plain = list(contenders)
     if args.bf16:
-        contenders += [models.in_bfloat16(contender) for contender in contenders]
+        contenders += [models.in_bfloat16(contender) for contender in plain]
+    if args.int8:
+        contenders += [models.in_int8(contender, args.size) for contender in plain]
     contenders += [models.peer(text, args.device) for text in args.peer]
     names = [c.name for c in contenders]
     if len(set(names)) < len(names):

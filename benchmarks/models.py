@@ -66,6 +66,22 @@ def in_bfloat16(contender: Contender) -> Contender:
     return Contender(f"{contender.name}, bf16", contender.model, detect, None, torch.bfloat16)
 
 
+def in_int8(contender: Contender, size: tuple[int, int]) -> Contender:
+    """The same model in int8, its ranges those of a random image; what int8 is not for is in bfloat16."""
+    from sparse_detr.quantize import quantize, with_int8  # needs torchao
+
+    assert isinstance(contender.model, SetDetector)
+    pixels = torch.rand(3, *size, generator=torch.Generator().manual_seed(0)) * 255
+    model = with_int8(contender.model, quantize(contender.model, [[{"image": pixels}]]))
+
+    def detect(image: Tensor) -> object:
+        with mixed_precision(image.device, torch.bfloat16):
+            return model.detect(ImageList(image, [tuple(image.shape[-2:])]))
+
+    # Not as a detector, whose multiply-adds would be held against a rate of another precision.
+    return Contender(f"{contender.name}, int8", nn.ModuleList([model]), detect, None, torch.bfloat16)
+
+
 def multiply_adds(contender: Contender, size: tuple[int, int]) -> int | None:
     """Of one image; None for peers, whose operators nobody has told fvcore."""
     return _multiply_adds(contender.model, size) if isinstance(contender.model, SetDetector) else None

@@ -61,9 +61,9 @@ RULES = (
     (r"cli(\..*)?", r"(?!modeling\.encoders).*"),
     (r"__main__", r"cli"),
     (
-        r"predictor|calibrate|dial|keep_ratio|analysis|overlays|visualize|export",
+        r"predictor|calibrate|dial|keep_ratio|analysis|overlays|visualize|export|quantize",
         r"__init__|kernels|modeling(\..*)?|config|devices|errors|engine\.checkpoint|data\.image"
-        r"|predictor|calibrate|dial|keep_ratio|analysis|overlays|visualize|export",
+        r"|predictor|calibrate|dial|keep_ratio|analysis|overlays|visualize|export|quantize",
     ),
     (r"results", r"errors"),
     (r"bulk", r"data\.image|errors|predictor|results"),

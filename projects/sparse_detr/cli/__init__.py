@@ -35,6 +35,7 @@ COMMANDS = {
     "analyze": ("analyze", "tools/analyze_model.py", "parameters and multiply-adds, module by module"),
     "tradeoff": ("tradeoff", "tools/tradeoff.py", "AP over milliseconds at several token budgets"),
     "export": ("export_onnx", "tools/export_onnx.py", "write an ONNX file, compare it with PyTorch"),
+    "quantize": ("quantize", "tools/quantize.py", "write a detector in int8 for CPUs, compare it"),
     "export-transformers": ("export_transformers", "tools/export_transformers.py", "for transformers"),
     "demo": ("demo", "tools/demo_quick.py", "draw a data set, train on it, show what was learned"),
 }
