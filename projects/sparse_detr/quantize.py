@@ -105,17 +105,18 @@ def with_int8(detector: SetDetector, programs: Mapping[str, ExportedProgram]) ->
 
 def save(path: str | os.PathLike, predict: Predictor, programs: Mapping[str, ExportedProgram]) -> None:
     """Writes a predictor's config, weights and class names, and the quantized parts, as one file."""
+    stored = {}
+    for name, program in programs.items():
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        stored[name] = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
     content = {
         "format": FORMAT,
         "config": _to_yaml(predict),
         "model": predict.model.state_dict(),
         "class_names": predict.class_names,
-        "int8": {},
+        "int8": stored,
     }
-    for name, program in programs.items():
-        buffer = io.BytesIO()
-        torch.export.save(program, buffer)
-        content["int8"][name] = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     torch.save(content, path)
 

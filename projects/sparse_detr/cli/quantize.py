@@ -47,8 +47,8 @@ def calibration(predict: Predictor, inputs: Sequence[str], limit: int) -> list[l
         return [[predict.prepare(read_image(name, predict.input_format))] for name in tqdm(chosen, "reading")]
     dataset = instantiate(predict.cfg.dataloader.train.dataset)
     mapper = instantiate(predict.cfg.dataloader.test.mapper)
-    chosen = random.Random(0).sample(range(len(dataset)), min(limit, len(dataset)))
-    return [[mapper(copy.deepcopy(dataset[index]))] for index in tqdm(chosen, "reading")]
+    entries = random.Random(0).sample(list(dataset), min(limit, len(dataset)))
+    return [[mapper(copy.deepcopy(entry))] for entry in tqdm(entries, "reading")]
 
 
 class Contender:
