@@ -57,6 +57,14 @@ CHANGED = [
         "needs a GPU; all of the rehearsal: tests/test_gpu_check.py",
     ),
     (r"^(python benchmarks/cuda_report.py).*", r"\1 --help", "needs nvcc and minutes"),
+    *(
+        []
+        if importlib.util.find_spec("torchao")
+        else [
+            (r"^(python tools/quantize.py).*", r"\1 --help", "needs torchao"),
+            (r" --int8\b", "", "needs torchao"),
+        ]
+    ),
     *([] if "DETECTRON2" in os.environ else [(r"\$DETECTRON2/", None, "needs a checkout: DETECTRON2=...")]),
     (
         r"train\.max_iter=369650 train\.eval_period=7393",
@@ -99,7 +107,11 @@ SMALL_YACS = {
     "MODEL": "\n  DEVICE: cpu",
 }
 
-OPTIONAL = ("sahi", "ray", "supervision", "fiftyone", "openvino", "torchmetrics")
+# Packages that a Python block may need, and the module whose import tells that it does.
+OPTIONAL = {
+    **{name: name for name in ("sahi", "ray", "supervision", "fiftyone", "openvino", "torchmetrics")},
+    "torchao": r"sparse_detr\.quantize",
+}
 
 # Checkpoints that the docs name, and the config whose model they hold.
 CHECKPOINTS = {
@@ -150,11 +162,11 @@ def usable(package: str) -> bool:
 def program(page: Path) -> str:
     """A page's Python blocks, each on the lines where it stands in the page; without those that need one of
     ``OPTIONAL`` that is not installed (tests run SAHI's and Ray's with a stand-in)."""
-    missing = [name for name in OPTIONAL if not usable(name)]
+    missing = [module for name, module in OPTIONAL.items() if not usable(name)]
     lines: list[str] = []
     for line, language, text in code(page):
         if language == "python" and not any(
-            re.search(rf"^(from|import) {name}\b", text, re.M) for name in missing
+            re.search(rf"^(from|import) {module}\b", text, re.M) for module in missing
         ):
             lines += [""] * (line - 1 - len(lines)) + text.splitlines()
     return "\n".join(lines)

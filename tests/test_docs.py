@@ -187,5 +187,5 @@ def test_blocks_of_packages_that_are_missing_are_left_out(tmp_path, monkeypatch)
     page = tmp_path / "page.md"
     page.write_text("```python\nimport no_such_package as n\n```\n```python\nimport json\n```\n")
     assert "no_such_package" in run_docs.program(page)
-    monkeypatch.setattr(run_docs, "OPTIONAL", ("no_such_package", "json"))
+    monkeypatch.setattr(run_docs, "OPTIONAL", {"no_such_package": "no_such_package", "json": "json"})
     assert run_docs.program(page).split() == ["import", "json"]
