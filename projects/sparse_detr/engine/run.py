@@ -22,7 +22,6 @@ from ..data.loader import seed_everything
 from ..devices import mixed_precision, resolve_device, resolve_dtype
 from ..errors import UserError
 from ..modeling.meta_arch import SetDetector
-from ..modeling.packing import pack_weights
 from .best import BestCheckpoint
 from .checkpoint import Checkpointer, replacing
 from .checks import check_folder, check_model, check_own_data, check_periods, class_names, has_test_set
@@ -105,7 +104,6 @@ def evaluate(cfg: DictConfig, *, resume: bool = False) -> dict[str, dict[str, fl
         if not fallback:
             raise
         raise UserError(f"{absent}: evaluating train.init_checkpoint={weights}: {error}") from error
-    pack_weights(model)
     return evaluation(model)
 
 
