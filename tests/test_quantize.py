@@ -1,5 +1,8 @@
 """int8: what is quantized, what it costs in accuracy, and the file and command around it."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -71,6 +74,10 @@ def test_the_command_writes_a_file_that_predicts_nearly_the_same(tmp_path, capsy
     command.main(["--run", run, "--output", str(path), "--images", "2", "--evaluate"])
     printed = capsys.readouterr().out
     assert "MB" in printed and "AP" in printed
+    # where nothing has been quantized before
+    script = f"from sparse_detr import quantize; quantize.load({str(path)!r})"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert loaded.returncode == 0, loaded.stderr[-2000:]
     predict = quantize.load(path, dtype="float32")
     assert predict.class_names == before.class_names and len(predict.class_names) == 5
     pixels = image((64, 80))[0].permute(1, 2, 0).byte().numpy()

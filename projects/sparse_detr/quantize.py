@@ -69,13 +69,16 @@ def quantize(detector: SetDetector, batches: Iterable[list[dict]]) -> dict[str, 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the pooling, which stays as it is
             observed[name] = prepare_pt2e(graph, x86.X86InductorQuantizer().set_global(config))
-    watched, count = _replaced(detector, observed), 0
+    watched = _replaced(detector, observed)
+    sizes: list[tuple[int, int]] = []
     for batch in batches:
         watched(batch)
-        count += len(batch)
-    if not count:
+        sizes += [(entry["image"].shape[1], entry["image"].shape[2]) for entry in batch]
+    if not sizes:
         raise UserError("no image to calibrate with: pass some of the kind that will be predicted")
-    return {name: _export(convert_pt2e(graph), parts[name][1]) for name, graph in observed.items()}
+    examples = {name: example for name, (_, example) in parts.items()}
+    examples[MAPS] = _image(*sorted(sizes, key=lambda size: size[0] * size[1])[len(sizes) // 2])
+    return {name: _export(convert_pt2e(graph), examples[name]) for name, graph in observed.items()}
 
 
 def with_int8(detector: SetDetector, programs: Mapping[str, ExportedProgram]) -> SetDetector:
@@ -88,11 +91,12 @@ def with_int8(detector: SetDetector, programs: Mapping[str, ExportedProgram]) ->
     from torchao.quantization.pt2e.lowering import lower_pt2e_quantized_to_x86
 
     graphs = {}
-    for name, (_, example) in _parts(detector).items():
-        graph = programs[name].module(check_guards=False)
+    for name, program in programs.items():
+        graph = program.module(check_guards=False)
         with torch.no_grad():
-            # With a size: oneDNN then arranges the weights for its fast operators. Others can follow.
-            lowered = lower_pt2e_quantized_to_x86(graph, (example,))
+            # With a size, the median of the calibration's images: oneDNN then arranges the weights for its
+            # fast operators. Others can follow; the further away, the slower.
+            lowered = lower_pt2e_quantized_to_x86(graph, program.example_inputs[0])
         lowered._forward_pre_hooks.clear()  # which would accept this size alone
         left = [str(n.target) for n in lowered.graph.nodes if _is_float_product(n)]
         if left:
@@ -136,6 +140,7 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | str = "auto", threshol
     content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or content.get("format") != FORMAT or "int8" not in content:
         raise UserError(f"{os.fspath(path)} is no file of sparse-detr quantize")
+    _require_torchao()
     with tempfile.TemporaryDirectory() as folder:
         config = os.path.join(folder, "config.yaml")
         with open(config, "w", encoding="utf-8") as file:
@@ -198,14 +203,17 @@ class _TokensGraph(_Graph):
 
 def _parts(detector: SetDetector) -> dict[str, tuple[nn.Module, Tensor]]:
     """The modules that become int8, each with an input to trace it with."""
-    image = torch.zeros(1, 3, 640, 640).contiguous(memory_format=torch.channels_last)
-    parts: dict[str, tuple[nn.Module, Tensor]] = {MAPS: (_Maps(detector).eval(), image)}
+    parts: dict[str, tuple[nn.Module, Tensor]] = {MAPS: (_Maps(detector).eval(), _image(640, 640))}
     for name, module in detector.transformer.encoder.named_modules():
         if isinstance(module, FFN):
             module = copy.deepcopy(module).eval()
             unpack_weights(module)
             parts[name] = module, torch.zeros(2048, module.linear1.in_features)
     return parts
+
+
+def _image(height: int, width: int) -> Tensor:
+    return torch.zeros(1, 3, height, width).contiguous(memory_format=torch.channels_last)
 
 
 def _replaced(detector: SetDetector, graphs: Mapping[str, GraphModule]) -> SetDetector:
@@ -300,6 +308,7 @@ def _to_yaml(predict: Predictor) -> str:
 
 def _require_torchao() -> None:
     try:
-        import torchao  # noqa: F401
+        # Registers the operators of stored programs, and what lowering replaces them by.
+        import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
     except ImportError as error:
         raise UserError("torchao is not installed: pip install torchao") from error
