@@ -45,8 +45,9 @@ def pack_weights(model: nn.Module) -> None:
         if (packed := _packed_class(module)) is not None:
             module.__class__ = packed
         if isinstance(module, ResNet):
-            for block in (block for stage in module.stages for block in stage[1:]):
-                block.owns_input = True  # nothing else reads what the block before it returned
+            for stage in module.stages:
+                for block in stage[1:]:
+                    block.owns_input = True  # nothing else reads what the block before it returned
 
 
 def unpack_weights(model: nn.Module) -> None:
