@@ -86,12 +86,11 @@ def benchmark_ops(args: argparse.Namespace) -> tuple[str, list[dict]]:
     levels = ops.scaled_levels(args.scale)
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     results = []
-    for task in ops.tasks(args.peer, args.compile):
+    for task in ops.tasks(args.peer, args.compile, dtype):
         small = ops.scaled_levels(args.scale / 8)
         ops.check(task, ops.problem("dense", small, args.device, dtype, 0), tolerance)
         for kind in args.kinds:
-            problems = [ops.problem(kind, levels, args.device, dtype, seed) for seed in range(4)]
-            results += ops.measure(task, kind, problems, args.rounds, args.device)
+            results += ops.measure(task, kind, levels, dtype, args.rounds, args.device)
     for kind in args.kinds:
         if kind.startswith("decoder"):
             results.append(ops.measure_splat(kind, levels, args.rounds, args.device))

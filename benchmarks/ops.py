@@ -27,6 +27,7 @@ LEVELS = ((100, 167), (50, 84), (25, 42), (13, 21))  # an 800x1333 image at stri
 HEADS, CHANNELS, POINTS = 8, 32, 4
 KINDS = ("dense", "high levels", "30 %", "10 %", "decoder 900", "decoder 300")
 OURS = "this package"
+FULL = "this package, float32"  # beside 16 bits
 PLAIN = "grid_sample"
 
 
@@ -115,23 +116,26 @@ def problem(
 
 
 def sample(value: Tensor, levels: tuple[tuple[int, int], ...], locations: Tensor) -> Tensor:
-    """(B * M, D, Q, L * P) by one ``grid_sample`` per level, as everyone writes it."""
+    """(B * M, D, Q, L * P) by one ``grid_sample`` per level, as everyone writes it.
+
+    On the CPU in float32, as under autocast: in 16 bits torch's gives NaN beside the border.
+    """
+    dtype = value.dtype
+    value = value.float() if value.device.type == "cpu" else value
     B, _, M, D = value.shape
     grids = (2 * locations - 1).to(value.dtype).transpose(1, 2).flatten(0, 1)  # (B * M, Q, L, P, 2)
     parts = value.split([h * w for h, w in levels], 1)
-    return torch.stack(
-        [
-            F.grid_sample(
-                part.flatten(2).transpose(1, 2).reshape(B * M, D, h, w),
-                grids[:, :, level],
-                "bilinear",
-                "zeros",
-                align_corners=False,
-            )
-            for level, (part, (h, w)) in enumerate(zip(parts, levels))
-        ],
-        -2,
-    ).flatten(-2)
+    sampled = [
+        F.grid_sample(
+            part.flatten(2).transpose(1, 2).reshape(B * M, D, h, w),
+            grids[:, :, level],
+            "bilinear",
+            "zeros",
+            align_corners=False,
+        )
+        for level, (part, (h, w)) in enumerate(zip(parts, levels))
+    ]
+    return torch.stack(sampled, -2).flatten(-2).to(dtype)
 
 
 def plain_attention(p: Problem) -> Tensor:
@@ -292,7 +296,7 @@ def _key_aware_task(own_keys: bool) -> Task:
     )
 
 
-def tasks(named_peers: list[str], compiled: bool) -> list[Task]:
+def tasks(named_peers: list[str], compiled: bool, dtype: torch.dtype) -> list[Task]:
     attention: dict[str, Callable] = {PLAIN: plain_attention}
     if compiled:
         attention["torch.compile"] = torch.compile(plain_attention, dynamic=False)
@@ -303,12 +307,16 @@ def tasks(named_peers: list[str], compiled: bool) -> list[Task]:
     if "deformops" in attention:
         fused["deformops, its own softmax"] = _with_softmax_of_deformops
     fused[OURS] = _fused
-    return [
+    found = [
         Task("attention", attention, ("value", "locations", "weights")),
         Task("fused", fused, ("value", "offsets", "logits")),
         _key_aware_task(own_keys=False),
         _key_aware_task(own_keys=True),
     ]
+    if dtype != torch.float32:
+        for task in found:
+            task.contenders[FULL] = task.contenders[OURS]
+    return found
 
 
 # ------------------------------------------------------------------------------- measuring
@@ -337,12 +345,20 @@ def check(task: Task, p: Problem, tolerance: float) -> None:
                 raise SystemExit(f"{task.name}: {what} of {name} differs by {error:.1e} (relative norm)")
 
 
-def measure(task: Task, kind: str, problems: list[Problem], rounds: int, device: str) -> list[Result]:
-    count = len(problems)
+def measure(
+    task: Task, kind: str, levels: tuple[tuple[int, int], ...], dtype: torch.dtype, rounds: int, device: str
+) -> list[Result]:
+    def problems_in(dtype: torch.dtype) -> list[Problem]:
+        return [problem(kind, levels, device, dtype, seed) for seed in range(4)]
 
-    def forward(function: Callable, number: int) -> None:
+    given = problems_in(dtype)
+    problems = dict.fromkeys(task.contenders, given)
+    if FULL in problems:
+        problems[FULL] = problems_in(torch.float32)
+
+    def forward(name: str, number: int) -> None:
         with torch.no_grad():
-            function(problems[number % count])
+            task.contenders[name](problems[name][number % len(given)])
 
     results = [
         Result(
@@ -350,7 +366,7 @@ def measure(task: Task, kind: str, problems: list[Problem], rounds: int, device:
             kind,
             "forward",
             take_turns(
-                {n: partial(forward, f) for n, f in task.contenders.items()},
+                {n: partial(forward, n) for n in task.contenders},
                 rounds,
                 device,
                 f"{task.name}, {kind}, forward",
@@ -362,13 +378,13 @@ def measure(task: Task, kind: str, problems: list[Problem], rounds: int, device:
     graphs = {}
     for name, function in task.contenders.items():
         graphs[name] = []
-        for p in problems:
+        for p in problems[name]:
             leaves = p.leaves(*task.leaves)
             output = function(leaves)
             graphs[name].append((output, [getattr(leaves, n) for n in task.leaves], torch.randn_like(output)))
 
     def backward(name: str, number: int) -> None:
-        output, inputs, grad = graphs[name][number % count]
+        output, inputs, grad = graphs[name][number % len(given)]
         torch.autograd.grad(output, inputs, grad, retain_graph=True)
 
     timings = take_turns(
@@ -376,13 +392,13 @@ def measure(task: Task, kind: str, problems: list[Problem], rounds: int, device:
     )
     graphs.clear()
 
-    def step(function: Callable) -> None:
-        leaves = problems[0].leaves(*task.leaves)
-        output = function(leaves)
+    def step(name: str) -> None:
+        leaves = problems[name][0].leaves(*task.leaves)
+        output = task.contenders[name](leaves)
         torch.autograd.grad(output, [getattr(leaves, n) for n in task.leaves], torch.ones_like(output))
 
-    for name, function in task.contenders.items():
-        timings[name].memory = peak_memory(partial(step, function), device)
+    for name in task.contenders:
+        timings[name].memory = peak_memory(partial(step, name), device)
     results.append(Result(task.name, kind, "backward", timings))
     return results
 

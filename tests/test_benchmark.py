@@ -86,6 +86,14 @@ def test_operators_and_a_peer(tmp_path):
     assert done.returncode != 0 and "output of wrong differs by 1.0e-02" in done.stderr
 
 
+def test_16_bits_are_measured_beside_float32():
+    done = benchmark(
+        "op", "--scale", "0.08", "--rounds", "2", "--kinds", "decoder 300", "--dtype", "bfloat16"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "| attention, decoder 300, backward              | this package, float32 |" in done.stdout
+
+
 def test_models_and_a_peer(tmp_path):
     peer = tmp_path / "peer.py"
     peer.write_text("import torch\ndef build():\n    return torch.nn.Conv2d(3, 8, 3).eval()\n")
