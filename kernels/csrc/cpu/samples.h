@@ -323,15 +323,17 @@ inline void weighted_sum(const Corners<const T>& corners, const Samples<A>& samp
       for (int j = 0; j < chunk.count; ++j) {
         for (int i = 0; i < 4; ++i) {
           prefetch<C>(next_at[i][j] + c);
-          for (int v = 0; v < K; ++v)
-            sum[i % kChains][v] += chunk.weight[i][j] * load<W>(at[i][j] + c + v * W);
+          V row[K];
+          load_block<T, W>(at[i][j] + c, row);
+          for (int v = 0; v < K; ++v) sum[i % kChains][v] += chunk.weight[i][j] * row[v];
         }
       }
     }
     for (int v = 0; v < K; ++v) {
       if constexpr (kChains == 4) sum[0][v] += sum[2][v], sum[1][v] += sum[3][v];
-      store<W>(out + c + v * W, V(sum[0][v] + sum[1][v]));
+      sum[0][v] += sum[1][v];
     }
+    store_block<T, W>(out + c, sum[0]);
   });
 }
 
@@ -346,15 +348,17 @@ inline void corner_dots(const Corners<const T>& corners, int D, const A* vector,
     constexpr int C = channels, W = kLanes<A, C>, K = C / W;
     using V = Vector<A, W>;
     V factor[K];
-    for (int v = 0; v < K; ++v) factor[v] = load<W>(vector + c + v * W);
+    load_block_as<T, W>(vector + c, factor);
     for (size_t k = 0; k < dots.size(); ++k) {
       for (int j = 0; j < 4 * kChunk; j += W) {
         const T* const* row = &corners[k].at[0][0] + j;
         const T* const* next_row = &next[k].at[0][0] + j;
         V sums = lane_sums<A, W>([&](int lane) {
           prefetch<C>(next_row[lane] + c);
-          V products = load<W>(row[lane] + c) * factor[0];
-          for (int v = 1; v < K; ++v) products += load<W>(row[lane] + c + v * W) * factor[v];
+          V block[K];
+          load_block<T, W>(row[lane] + c, block);
+          V products = block[0] * factor[0];
+          for (int v = 1; v < K; ++v) products += block[v] * factor[v];
           return products;
         });
         if (c > 0) sums += load<W>(&dots[k][j]);

@@ -170,6 +170,61 @@ inline Vector<A, W> shuffle(Vector<A, W> a, Vector<A, W> b) {
   return shuffle<Lane, A, W>(a, b, std::make_index_sequence<W>());
 }
 
+// ---- blocks of K * W consecutive channels as K vectors
+//
+// Of BFloat16 two neighbouring vectors hold the even and the odd channels of their 2 * W: taking a
+// 32-bit word apart needs a shift and a mask, widening 16 bits in order a shuffle for each vector.
+// Sums over channels do not mind the order; what is not of type T is brought into it.
+
+template <typename T, int K>
+constexpr bool kSplit = std::is_same_v<T, BFloat16> && K % 2 == 0;
+
+template <typename T, int W, int K>
+inline void load_block(const T* p, Vector<Accumulator<T>, W> (&v)[K]) {
+  using V = Vector<Accumulator<T>, W>;
+  if constexpr (kSplit<T, K>) {
+    using Bits = Vector<uint32_t, W>;
+    for (int i = 0; i < K; i += 2) {
+      Bits words;
+      std::memcpy(&words, p + i * W, sizeof(words));
+      v[i] = bit_cast<V>(Bits(words << 16));
+      v[i + 1] = bit_cast<V>(Bits(words & 0xffff0000u));
+    }
+  } else {
+    for (int i = 0; i < K; ++i) v[i] = load<W>(p + i * W);
+  }
+}
+
+// Channels of type A in the order of a block of T.
+template <typename T, int W, int K, typename A = Accumulator<T>>
+inline void load_block_as(const A* p, Vector<A, W> (&v)[K]) {
+  for (int i = 0; i < K; ++i) v[i] = load<W>(p + i * W);
+  if constexpr (kSplit<T, K>) {
+    for (int i = 0; i < K; i += 2) {
+      const auto low = v[i], high = v[i + 1];
+      v[i] = shuffle<even_lane, A, W>(low, high);
+      v[i + 1] = shuffle<odd_lane, A, W>(low, high);
+    }
+  }
+}
+
+template <typename T, int W, int K>
+inline void store_block(T* p, const Vector<Accumulator<T>, W> (&v)[K]) {
+  if constexpr (kSplit<T, K>) {
+    using Bits = Vector<uint32_t, W>;
+    const auto rounded = [](Vector<float, W> x) {  // as store_one
+      const Bits u = bit_cast<Bits>(x);
+      return Bits(x != x ? Bits{} + 0x7fc00000u : u + 0x7fffu + ((u >> 16) & 1u));
+    };
+    for (int i = 0; i < K; i += 2) {
+      const Bits words = rounded(v[i]) >> 16 | (rounded(v[i + 1]) & 0xffff0000u);
+      std::memcpy(p + i * W, &words, sizeof(words));
+    }
+  } else {
+    for (int i = 0; i < K; ++i) store<W>(p + i * W, v[i]);
+  }
+}
+
 // combine() over all lanes, in every lane.
 template <typename A, int W, int Half = W / 2, typename F>
 inline Vector<A, W> over_lanes(Vector<A, W> v, F&& combine) {
