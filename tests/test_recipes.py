@@ -337,7 +337,10 @@ def test_a_name_says_epochs_keep_ratio_and_variant(name):
         assert encoder.num_layers == updates * blocks
     if re.search("focus_detr_swin_(base|large)", name):  # not fine-tuned on ImageNet-1k
         assert cfg.train.init_checkpoint.endswith("_patch4_window12_384_22k.pth")
-    if name.startswith("salience_detr/salience_detr_") and "r50" not in name:  # torchvision's
+    if "focalnet" in name:
+        assert cfg.model.backbone.freeze_at == 2
+        assert cfg.model.backbone.options.drop_path_rate == 0.5
+    elif name.startswith("salience_detr/salience_detr_") and "r50" not in name:  # torchvision's
         backbone = cfg.model.backbone
         assert backbone.get("frozen_stages", 1) == 1
         assert backbone.model.stochastic_depth_prob == (0.2 if "swin" in name else 0.5)
