@@ -308,6 +308,19 @@ GROUPS = {
         (1e-4, 1e-4): 31733315,
         (1e-4, 0.0): 102764,
     },
+    # 1024 of those without decay, the neck's norms and the proposals', have no "norm" in their published names
+    ("rt_detr/rt_detr_r18_72ep", 80): {
+        (1e-5, 1e-4): 11190112,
+        (1e-5, 0.0): 9856,
+        (1e-4, 1e-4): 8948992 - 1024,
+        (1e-4, 0.0): 35504 + 1024,
+    },
+    ("rt_detr/rt_detr_r50_72ep", 80): {
+        (1e-5, 1e-4): 23445504,
+        (1e-4, 1e-4): 19360000 - 1024,
+        (1e-4, 0.0): 57356 + 1024,
+    },
+    ("rt_detr/rt_detr_r101_72ep", 80): {(1e-6, 1e-4): 42385408, (1e-4, 1e-4): 34142348},
 }
 
 
@@ -394,8 +407,12 @@ def test_rt_detr():
     params = cfg.optimizer.params
     assert params.lr_factor_func.rules == {"backbone": 0.1}
     assert (cfg.optimizer.weight_decay, params.weight_decay_norm, params.weight_decay_bias) == (1e-4, 0, 0)
-    for split in (cfg.dataloader.train, cfg.dataloader.test):
-        assert split.mapper.augmentations.size == 640
+    train, test = (cfg.dataloader[split].mapper.augmentations for split in ("train", "test"))
+    assert train.size == test.size == 640
+    assert sorted(train.sizes) == sorted([*range(480, 801, 32), 640, 640])
+    assert not cfg.dataloader.train.aspect_ratio_grouping
+    colors, zoom_out, crop, flip, *_ = instantiate(train)
+    assert [colors.distort.p, zoom_out.prob, crop.prob, flip.prob] == [0.5, 0.5, 0.8, 0.5]
     transformer, criterion = cfg.model.transformer, cfg.model.criterion
     assert (transformer.num_levels, transformer.query_selection.num_queries) == (3, 300)
     assert (transformer.decoder.layer.ffn_dim, transformer.decoder.layer.dropout) == (1024, 0.0)
