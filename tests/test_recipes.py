@@ -308,6 +308,19 @@ GROUPS = {
         (1e-4, 1e-4): 31733315,
         (1e-4, 0.0): 102764,
     },
+    # 1024 of those without decay, the neck's norms and the proposals', have no "norm" in their published names
+    ("rt_detr/rt_detr_r18_72ep", 80): {
+        (1e-5, 1e-4): 11190112,
+        (1e-5, 0.0): 9856,
+        (1e-4, 1e-4): 8948992 - 1024,
+        (1e-4, 0.0): 35504 + 1024,
+    },
+    ("rt_detr/rt_detr_r50_72ep", 80): {
+        (1e-5, 1e-4): 23445504,
+        (1e-4, 1e-4): 19360000 - 1024,
+        (1e-4, 0.0): 57356 + 1024,
+    },
+    ("rt_detr/rt_detr_r101_72ep", 80): {(1e-6, 1e-4): 42385408, (1e-4, 1e-4): 34142348},
 }
 
 
@@ -337,7 +350,10 @@ def test_a_name_says_epochs_keep_ratio_and_variant(name):
         assert encoder.num_layers == updates * blocks
     if re.search("focus_detr_swin_(base|large)", name):  # not fine-tuned on ImageNet-1k
         assert cfg.train.init_checkpoint.endswith("_patch4_window12_384_22k.pth")
-    if name.startswith("salience_detr/salience_detr_") and "r50" not in name:  # torchvision's
+    if "focalnet" in name:
+        assert cfg.model.backbone.freeze_at == 2
+        assert cfg.model.backbone.options.drop_path_rate == 0.5
+    elif name.startswith("salience_detr/salience_detr_") and "r50" not in name:  # torchvision's
         backbone = cfg.model.backbone
         assert backbone.get("frozen_stages", 1) == 1
         assert backbone.model.stochastic_depth_prob == (0.2 if "swin" in name else 0.5)
@@ -391,8 +407,12 @@ def test_rt_detr():
     params = cfg.optimizer.params
     assert params.lr_factor_func.rules == {"backbone": 0.1}
     assert (cfg.optimizer.weight_decay, params.weight_decay_norm, params.weight_decay_bias) == (1e-4, 0, 0)
-    for split in (cfg.dataloader.train, cfg.dataloader.test):
-        assert split.mapper.augmentations.size == 640
+    train, test = (cfg.dataloader[split].mapper.augmentations for split in ("train", "test"))
+    assert train.size == test.size == 640
+    assert sorted(train.sizes) == sorted([*range(480, 801, 32), 640, 640])
+    assert not cfg.dataloader.train.aspect_ratio_grouping
+    colors, zoom_out, crop, flip, *_ = instantiate(train)
+    assert [colors.distort.p, zoom_out.prob, crop.prob, flip.prob] == [0.5, 0.5, 0.8, 0.5]
     transformer, criterion = cfg.model.transformer, cfg.model.criterion
     assert (transformer.num_levels, transformer.query_selection.num_queries) == (3, 300)
     assert (transformer.decoder.layer.ffn_dim, transformer.decoder.layer.dropout) == (1024, 0.0)

@@ -7,7 +7,8 @@
 ``train.init_checkpoint``: ``published`` for the authors' checkpoint, transformers' copy of it
 (``hf://PekingU/rtdetr_r50vd``), one of your own, or nothing to start from an ImageNet backbone. Another
 size, a multiple of 32:
-dataloader.train.mapper.augmentations.size=512 dataloader.test.mapper.augmentations.size=512.
+dataloader.train.mapper.augmentations.size=512 dataloader.test.mapper.augmentations.size=512. One for each
+batch, as in the published training: dataloader.train.mapper.augmentations.sizes=[576,640,704].
 """
 
 from ..common.data.squares import test_augmentations as _test

@@ -104,7 +104,7 @@ swin_large_384 = dict(
     in_channels=[384, 768, 1536],
 )
 
-# torchvision's modules: no norms behind the stages, the first stage not trained.
+# torchvision's modules: no norms behind the stages; the first and the step down behind it are not trained.
 torchvision_swin_large = dict(
     backbone=L(StagedBackbone)(
         model=L(SwinTransformer)(
@@ -127,6 +127,21 @@ torchvision_convnext_large = dict(
         model=L(convnext_large)(stochastic_depth_prob=0.5), channels=[192, 384, 768, 1536]
     ),
     in_features=["p1", "p2", "p3"],
+    in_channels=[384, 768, 1536],
+)
+
+# timm's FocalNet with norms behind the stages; the first and the step down behind it are not trained.
+focalnet_large = dict(
+    backbone=L(TimmBackbone)(
+        name="focalnet_large_fl4",
+        out_features="${model.in_features}",
+        freeze_at=2,
+        freeze=["layers_1.downsample"],
+        output_norm=True,
+        # as it was trained, with the mean over focal levels; timm's default is their sum
+        options=dict(normalize_modulator=True, drop_path_rate=0.5),
+    ),
+    in_features=["stride8", "stride16", "stride32"],
     in_channels=[384, 768, 1536],
 )
 

@@ -13,6 +13,7 @@ train.output_dir = "./output/rt_detr_r101_72ep"
 optimizer.params.lr_factor_func.rules = {"backbone": 0.01}
 optimizer.params.weight_decay_norm = None
 optimizer.params.weight_decay_bias = None
+optimizer.params.overrides = None
 model.backbone.depth = 101
 model.neck.embed_dim = 384
 model.transformer.position.embed_dim = 384

@@ -1,8 +1,7 @@
 """RT-DETR, R50-D, 72 epochs of 640x640 pixels: 53.1 AP published.
 
 The recipe the other RT-DETR configs start from; the learning rate never drops, and what is evaluated is
-the moving average of the weights. ``train.init_checkpoint`` is the authors' ImageNet backbone. The
-augmentation is not all of theirs: ``square_train_augmentations`` says what is left out.
+the moving average of the weights. ``train.init_checkpoint`` is the authors' ImageNet backbone.
 """
 
 from ..common.data.coco import dataloader
@@ -23,8 +22,25 @@ lr_multiplier.milestones = []
 optimizer.lr = 1e-4
 optimizer.params.weight_decay_norm = 0.0
 optimizer.params.weight_decay_bias = 0.0
+optimizer.params.overrides = {"in_proj_bias": {"weight_decay": 0.0}}
 optimizer.params.lr_factor_func.rules = {"backbone": 0.1}
+dataloader.train.aspect_ratio_grouping = False  # all images have one shape
 dataloader.train.mapper.augmentations = _train
+dataloader.train.mapper.augmentations.sizes = [
+    480,
+    512,
+    544,
+    576,
+    608,
+    640,
+    640,
+    640,
+    672,
+    704,
+    736,
+    768,
+    800,
+]
 dataloader.test.mapper.augmentations = _test
 model.neck.norm = "SyncBN"  # statistics over the images of all GPUs
 model.transformer.encoder.fusion.norm = "SyncBN"

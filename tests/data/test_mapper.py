@@ -8,8 +8,7 @@ from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from sparse_detr.data import DetrDatasetMapper, square_train_augmentations, train_augmentations
-from sparse_detr.data import square_test_augmentations as square_inference_augmentations
+from sparse_detr.data import DetrDatasetMapper, train_augmentations
 from sparse_detr.data import test_augmentations as inference_augmentations  # pytest would collect it
 from sparse_detr.data.loader import seed_everything
 from sparse_detr.data.mapper import RandomEither
@@ -111,24 +110,6 @@ def test_defaults_are_the_published_sizes():
     assert list(last.short_edge_length) == list(range(480, 801, 32)) and last.max_size == 1333
     (resize,) = inference_augmentations()
     assert resize.short_edge_length == (800, 800) and resize.max_size == 1333
-
-
-def test_squares(record):
-    """Whatever is drawn, the image is a square, and a box lies where its colour does."""
-    seed_everything(0)
-    left = [annotation(0, 0, WIDTH // 2, HEIGHT)]
-    kinds = set()
-    for _ in range(30):
-        entry = mapped(record, left, square_train_augmentations(size=64, color_prob=0))
-        assert entry["image"].shape == (3, 64, 64)
-        kinds.add(len(entry["instances"]))
-        for x1, y1, x2, y2 in entry["instances"].gt_boxes.tensor.round().int().tolist():
-            red, _, blue = entry["image"][:, y1 + 2 : y2 - 2, x1 + 2 : x2 - 2].float()
-            assert red.numel() == 0 or (red.mean() > 200 and blue.mean() < 50)
-    assert kinds == {0, 1}  # the crop may miss it
-    mapper = DetrDatasetMapper(is_train=False, augmentations=square_inference_augmentations(size=32))
-    entry = mapper(record)
-    assert entry["image"].shape == (3, 32, 32) and (entry["height"], entry["width"]) == (HEIGHT, WIDTH)
 
 
 def test_random_either_takes_each_branch_with_its_probability(record):

@@ -308,5 +308,5 @@ def test_torchvisions_swin_is_the_authors():
             found = norm(maps[name].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             assert_close(found, expected, rtol=1e-4, atol=1e-4)
             assert model.backbone.output_shape()[name].channels == found.shape[1]
-    assert not any(p.requires_grad for p in model.backbone.features[:2].parameters())
-    assert all(p.requires_grad for p in model.backbone.features[2:].parameters())
+    assert not any(p.requires_grad for p in model.backbone.features[:3].parameters())
+    assert all(p.requires_grad for p in model.backbone.features[3:].parameters())

@@ -4,6 +4,7 @@ import copy
 import logging
 import sys
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import instantiate
@@ -13,10 +14,12 @@ from torchvision.models import resnet50
 from sparse_detr.analysis import analyze
 from sparse_detr.config import get_config
 from sparse_detr.engine import Checkpointer, build_optimizer
+from sparse_detr.engine.convert import convert_state_dict
 from sparse_detr.engine.fine_tune import backbone_names
 from sparse_detr.errors import UserError
 from sparse_detr.modeling import TimmBackbone, timm_channels
-from sparse_detr.modeling.timm_backbone import STRIDES
+from sparse_detr.modeling.timm_backbone import STRIDES, _inspected
+from tests.parity.replay import recipe
 
 from .tiny import sample, shrink
 
@@ -200,6 +203,109 @@ def test_weights_that_timm_does_not_have(tmp_path):
         Checkpointer(model).load("timm://nonsense")
 
 
+# Salience DETR's FocalNet
+
+
+FOCALNET = "salience_detr/salience_detr_focalnet_large_4scale_12ep"
+
+# What models/backbones/focalnet.py of xiuqhou/Salience-DETR (6262e05d), large_lrf_fl4 with depths 1, 1, 2, 1 and
+# 8 channels, computed in float64: each of its three maps at six places that are spread evenly.
+PUBLISHED_MAPS = [
+    [-1.157415836748, -2.613394339187, 0.423580719512, 1.747481813452, -0.633441038527, -0.498257271754],
+    [-2.015388965174, -1.925825656585, -0.252477764730, -0.307710514617, 0.599631030135, -0.521669710677],
+    [1.042669598713, -0.483419634635, 1.146304265063, 0.762171628425, -0.333657906845, 0.302169329579],
+]
+
+
+def published_focalnet(depths, dim):
+    """Names and shapes of the backbone in a checkpoint of xiuqhou/Salience-DETR."""
+    shapes = {"0.patch_embed.proj": (dim, 3, 7, 7), "0.patch_embed.norm": (dim,)}
+    for stage, depth in enumerate(depths):
+        c = dim * 2**stage
+        for block in range(depth):
+            name = f"0.layers.{stage}.blocks.{block}"
+            shapes |= {f"{name}.norm{i}": (c,) for i in (1, 2)}
+            shapes |= {f"{name}.mlp.fc1": (4 * c, c), f"{name}.mlp.fc2": (c, 4 * c)}
+            shapes |= {f"{name}.modulation.f": (2 * c + 5, c), f"{name}.modulation.proj": (c, c)}
+            shapes[f"{name}.modulation.h"] = (c, c, 1, 1)
+        if stage < 3:
+            shapes[f"0.layers.{stage}.downsample.proj"] = (2 * c, c, 3, 3)
+            shapes[f"0.layers.{stage}.downsample.norm"] = (2 * c,)
+        if stage:
+            shapes[f"1.norm{stage}"] = (c,)
+    result = {}
+    for name, shape in shapes.items():
+        result |= {f"backbone.{name}.weight": shape, f"backbone.{name}.bias": shape[:1]}
+    for stage, depth in enumerate(depths):
+        for block in range(depth):
+            name, c = f"backbone.0.layers.{stage}.blocks.{block}", dim * 2**stage
+            result |= {f"{name}.gamma_{i}": (c,) for i in (1, 2)}
+            for level, side in enumerate((3, 5, 7, 9)):
+                result[f"{name}.modulation.focal_layers.{level}.0.weight"] = (c, 1, side, side)
+    return result
+
+
+def salience_detr(neck_channels):
+    """The model of the config, small but for its backbone."""
+    cfg = get_config(FOCALNET)
+    backbone, in_features = cfg.model.backbone, cfg.model.in_features
+    shrink(cfg.model).update(backbone=backbone, in_features=in_features)
+    cfg.model.neck.in_channels = neck_channels
+    return instantiate(cfg.model)
+
+
+def converted(shapes, model, value):
+    """The part of the checkpoint that is the backbone, under our names."""
+    marker = "transformer.encoder.background_embedding.row_embed.weight"
+    result, report = convert_state_dict(
+        {n: value(n, s) for n, s in shapes.items()} | {marker: torch.ones(1)}, model
+    )
+    assert not report.unexpected and not report.ignored
+    assert not [name for name in report.missing if name.startswith("backbone.")]
+    own = model.backbone.state_dict()
+    return {name: result[f"backbone.{name}"] for name in own}
+
+
+@pytest.fixture
+def small_focalnet(monkeypatch):
+    """timm's ``focalnet_large_fl4`` with fewer blocks and channels."""
+    timm = pytest.importorskip("timm")
+    create = timm.models.focalnet._create_focalnet
+    sizes = dict(depths=[1, 1, 2, 1], embed_dim=8)
+    monkeypatch.setattr(timm.models.focalnet, "_create_focalnet", lambda *a, **kw: create(*a, **kw | sizes))
+    _inspected.cache_clear()
+    yield
+    _inspected.cache_clear()
+
+
+def test_a_published_focalnet_computes_what_it_did(small_focalnet):
+    model = salience_detr([16, 32, 64]).double().eval()
+    weights = converted(
+        published_focalnet([1, 1, 2, 1], 8), model, lambda *x: torch.from_numpy(recipe.fill(*x)).double()
+    )
+    model.backbone.load_state_dict(weights)
+    image = torch.from_numpy(recipe.normal("image", (1, 3, 64, 96))).double()
+    for found, expected in zip(model.backbone(image).values(), PUBLISHED_MAPS, strict=True):
+        places = np.linspace(0, found.numel() - 1, 6).round().astype(int)
+        torch.testing.assert_close(found.flatten()[places], found.new_tensor(expected), rtol=0, atol=1e-10)
+    parameters = dict(model.backbone.named_parameters())
+    frozen = ("body.stem.", "body.layers_0.", "body.layers_1.downsample.")
+    assert all(p.requires_grad == (not n.startswith(frozen)) for n, p in parameters.items())
+
+
+def test_the_whole_focalnet_has_the_published_shapes():
+    """On the meta device: 206 million numbers."""
+    pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = salience_detr([384, 768, 1536])
+    weights = converted(
+        published_focalnet([2, 2, 18, 2], 192), model, lambda _, shape: torch.empty(shape, device="meta")
+    )
+    model.backbone.load_state_dict(weights)
+    drops = [m.drop_prob for m in model.backbone.modules() if hasattr(m, "drop_prob")]
+    assert len(drops) == 2 * 23 and drops[-1] == pytest.approx(0.5)  # the first block keeps all
+
+
 # What a model with such a backbone can do
 
 
@@ -242,6 +348,7 @@ def test_without_timm_a_config_loads_and_a_model_says_what_to_install(monkeypatc
         (dict(norm="GN"), "norm=GN: expected FrozenBN, BN or SyncBN"),
         (dict(out_features=["stride8", "stride5"]), "strides 2, 4, 8, 16, 32 and none of 5"),
         (dict(out_features=list(STRIDES[::-1])), "expected the finest first"),
+        (dict(freeze=["layer9"]), "freeze: there is no part layer9 with weights, but conv1"),
         (dict(options={"colour": "red"}), "cannot be built by timm .* unexpected keyword argument 'colour'"),
     ],
 )

@@ -35,15 +35,22 @@ def seed_everything(*entropy: int) -> None:
 
 
 class Sample(NamedTuple):
-    """Image number ``image`` of the set, at ``position`` in the endless training stream of ``seed``."""
+    """Image number ``image`` of the set, at ``position`` in the endless training stream of ``seed``.
+
+    ``batch`` is the iteration that takes it.
+    """
 
     image: int
     seed: int
     position: int
+    batch: int
 
 
 class TrainingDataset(Dataset):
-    """Maps a ``Sample`` to the model's input; all randomness comes from the sample's seed."""
+    """Maps a ``Sample`` to the model's input; all randomness comes from the sample's seed.
+
+    The mapper also gets the key ``batch_seed``, integers that the images of a batch have in common.
+    """
 
     def __init__(self, records: Sequence[dict], mapper: Callable[[dict], dict]) -> None:
         self.records = DatasetFromList(
@@ -56,6 +63,7 @@ class TrainingDataset(Dataset):
 
     def __getitem__(self, sample: Sample) -> dict:
         record = self.records[sample.image]
+        record["batch_seed"] = (sample.seed, sample.batch, 1)  # 1: no image's own seed
         seed_everything(sample.seed, sample.position)
         try:
             return self.mapper(record)
@@ -97,12 +105,14 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
             yield batch[rank::world_size]
 
     def _total_batches(self) -> Iterator[list[Sample]]:
-        waiting: dict[int, list[Sample]] = {}
+        waiting: dict[int, list[tuple[int, int]]] = {}
+        number = itertools.count()
         for position, index in enumerate(self._shuffled_epochs()):
             batch = waiting.setdefault(self.groups[index] if self.groups else 0, [])
-            batch.append(Sample(index, self.seed, position))
+            batch.append((index, position))
             if len(batch) == self.total_batch_size:
-                yield batch.copy()
+                iteration = next(number)
+                yield [Sample(image, self.seed, place, iteration) for image, place in batch]
                 batch.clear()
 
     def _shuffled_epochs(self) -> Iterator[int]:

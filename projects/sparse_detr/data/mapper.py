@@ -15,8 +15,10 @@ import torch
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import check_image_size
+from detectron2.structures import BoxMode
 
 from .image import ImageError, read_image
+from .loader import seed_everything
 
 
 class RandomEither(T.Augmentation):
@@ -35,6 +37,31 @@ class RandomEither(T.Augmentation):
 
     def __repr__(self) -> str:
         return f"RandomEither({self.first}, {self.second}, prob={self.prob})"
+
+
+class OncePerBatch(T.Augmentation):
+    """``augmentation``, drawn alike for all images of a training batch, over all processes.
+
+    ``TrainingDataset`` gives the images of a batch one seed, which the mapper passes on as
+    ``AugInput.batch_seed``; elsewhere each image draws for itself.
+    """
+
+    def __init__(self, augmentation: T.Augmentation) -> None:
+        super().__init__()
+        self.augmentation = augmentation
+
+    def __call__(self, aug_input: T.AugInput) -> T.Transform:
+        seed = getattr(aug_input, "batch_seed", None)
+        if seed is None:
+            return self.augmentation(aug_input)
+        behind = np.random.randint(2**31)  # what comes behind it is each image's own again
+        seed_everything(*seed)
+        transform = self.augmentation(aug_input)
+        seed_everything(behind)
+        return transform
+
+    def __repr__(self) -> str:
+        return f"OncePerBatch({self.augmentation})"
 
 
 def train_augmentations(
@@ -73,38 +100,6 @@ def test_augmentations(*, short_edge: int = 800, max_size: int = 1333) -> list[T
     return [T.ResizeShortestEdge(short_edge, max_size)]
 
 
-def square_train_augmentations(
-    *,
-    size: int = 640,
-    color_prob: float = 0.5,
-    zoom_out_prob: float = 0.5,
-    crop_prob: float = 0.8,
-    flip_prob: float = 0.5,
-) -> list[T.Augmentation]:
-    """RT-DETR's, as far as detectron2 has it: every image becomes a square, so that none is padded.
-
-    Colours, a smaller picture on black, a crop, a flip and the resize. The authors' crop keeps a drawn
-    share of some object, and their sizes change from batch to batch (480 to 800).
-
-    Args:
-        size: of the square, in pixels.
-        color_prob, zoom_out_prob, crop_prob, flip_prob: probabilities of the steps.
-    """
-    colors = [T.RandomBrightness(0.875, 1.125), T.RandomContrast(0.5, 1.5), T.RandomSaturation(0.5, 1.5)]
-    return [
-        T.RandomApply(T.AugmentationList(colors), color_prob),
-        T.RandomApply(T.RandomExtent(scale_range=(1, 4), shift_range=(0, 0)), zoom_out_prob),
-        T.RandomApply(T.RandomCrop("relative_range", (0.3, 0.3)), crop_prob),
-        T.RandomFlip(flip_prob),
-        T.Resize((size, size)),
-    ]
-
-
-def square_test_augmentations(*, size: int = 640) -> list[T.Augmentation]:
-    """Resizes images to squares of ``size`` pixels, whatever their shape."""
-    return [T.Resize((size, size))]
-
-
 class DetrDatasetMapper(DatasetMapper):
     """``DatasetMapper`` for boxes alone: every training image has ``instances``, be they none.
 
@@ -139,7 +134,8 @@ class DetrDatasetMapper(DatasetMapper):
             ) from error
         check_image_size(entry, image)
         annotations = entry.pop("annotations", [])
-        augmented = T.AugInput(image)
+        augmented = T.AugInput(image, boxes=_boxes(annotations) if self.is_train else None)
+        augmented.batch_seed = entry.pop("batch_seed", None)
         transforms = self.augmentations(augmented)
         image = augmented.image
         entry["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
@@ -147,3 +143,13 @@ class DetrDatasetMapper(DatasetMapper):
             entry["annotations"] = annotations
             self._transform_annotations(entry, transforms, image.shape[:2])
         return entry
+
+
+def _boxes(annotations: Sequence[dict]) -> np.ndarray:
+    """(N, 4) xyxy in pixels of the objects that training sees."""
+    boxes = [
+        BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
+        for a in annotations
+        if not a.get("iscrowd", 0)
+    ]
+    return np.array(boxes, dtype=np.float64).reshape(-1, 4)

@@ -110,8 +110,23 @@ _SWIN: list[Rule] = [
     (r"\.mlp\.fc2\.", ".mlp.3."),
 ]
 
+# microsoft/FocalNet's names -> timm's, whose stages begin with the step down; of the large models, with norms
+# behind what they norm. The norms of the outputs are the detector's.
+_FOCALNET: list[Rule] = [
+    (r"^backbone\.0\.patch_embed\.", "backbone.body.stem."),
+    *((rf"^backbone\.0\.layers\.{s}\.blocks\.", f"backbone.body.layers_{s}.blocks.") for s in range(4)),
+    *(
+        (rf"^backbone\.0\.layers\.{s}\.downsample\.", f"backbone.body.layers_{s + 1}.downsample.")
+        for s in range(3)
+    ),
+    (r"^(backbone\.body\.layers_\d\.blocks\.\d+\.)norm([12])\.", r"\1norm\2_post."),
+    (r"^(backbone\.body\.layers_\d\.blocks\.\d+\.)gamma_([12])$", r"\1ls\2.gamma"),
+    *((rf"^backbone\.1\.norm{s}\.", f"backbone.output_norms.stride{4 * 2**s}.") for s in range(4)),
+]
+
 # xiuqhou/Salience-DETR.
 _XIUQHOU: list[Rule] = [
+    *_FOCALNET,
     (r"^backbone\.(conv1|bn1|layer\d)\.", r"backbone.0.body.\1."),  # torchvision's, not wrapped
     *_RESNET,
     (r"^neck\.convs\.(\d+)\.0\.", r"neck.convs.\1."),
@@ -255,6 +270,8 @@ def convert_state_dict(
                     f"{key} and another key both become {new_key} but differ: the model shares "
                     "what the checkpoint keeps apart (heads per layer?)"
                 )
+            if new_key in expected and expected[new_key].shape == (*value.shape, 1, 1):
+                value = value[..., None, None]  # a linear layer; here, a 1x1 convolution
             renamed[new_key] = value.flip(0) if new_key in reverse else value
     unused = "|".join((r"^transformer\.denoising\.", *_CONSTANTS, *encoder.published_unused))
     for key in [k for k in renamed if k not in expected and re.search(unused, k)]:

@@ -111,7 +111,8 @@ class StagedBackbone(Backbone):
         model: its ``features`` are taken, its classifier is not.
         channels: of the four stages.
         channels_last: the stages' outputs are (B, H, W, C).
-        frozen_stages: how many stages do not train, the first with the stem.
+        frozen_stages: how many stages do not train, the first with the stem, and each with the step down
+            behind it.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class StagedBackbone(Backbone):
         self.features = cast(nn.Sequential, model.features)
         self.channels_last = channels_last
         self.out_indices = tuple(out_indices)
-        for part in self.features[: 2 * frozen_stages]:
+        for part in self.features[: 2 * frozen_stages + (frozen_stages > 0)]:
             part.requires_grad_(False)
         names = [f"p{index}" for index in out_indices]
         self._out_features = names

@@ -40,8 +40,10 @@ class TimmBackbone(Backbone):
         out_features: the maps that are wanted, ``"stride8"`` and so on.
         freeze_at: as detectron2's: 0 freezes nothing, 1 the stem, 2 the first stage as well: all that the map
             of stride ``2 ** freeze_at`` is computed from.
+        freeze: parts of timm's model that do not train either, "layers_1.downsample" and so on.
         norm: of batch norms, "FrozenBN" (and folded into the convolutions), "BN" or "SyncBN"; what is frozen
             has frozen ones. Other norms stay as they are.
+        output_norm: a LayerNorm over the channels of each map, as detectors on transformers have it.
         options: more arguments of ``timm.create_model``, such as ``drop_path_rate``.
 
     Raises:
@@ -56,7 +58,9 @@ class TimmBackbone(Backbone):
         name: str,
         out_features: Sequence[str] = STRIDES,
         freeze_at: int = 2,
+        freeze: Sequence[str] = (),
         norm: str = "FrozenBN",
+        output_norm: bool = False,
         options: Mapping[str, Any] | None = None,
     ):
         super().__init__()
@@ -66,8 +70,8 @@ class TimmBackbone(Backbone):
         maps = [layout.maps[stride] for stride in _wanted(layout, out_features)]
         if list(maps) != sorted(maps, key=lambda m: m.index):
             raise UserError(f"model.backbone.out_features={list(out_features)}: expected the finest first")
-        frozen = _frozen(layout, freeze_at)
         self.body = _create(name, options, out_indices=tuple(m.index for m in maps))
+        frozen = _frozen(layout, freeze_at).union(*(_inside(self.body, part) for part in freeze))
         self.pixel_mean = [255 * value for value in layout.mean]
         self.pixel_std = [255 * value for value in layout.std]
         self._pad, self._channels_last = layout.pad, layout.channels_last
@@ -83,6 +87,11 @@ class TimmBackbone(Backbone):
                 self.body.set_submodule(path, _FrozenNorm(module))
         for conv, after in layout.normed:
             _fold(self.body, conv, after)
+        self.output_norms = nn.ModuleDict()
+        if output_norm:
+            self.output_norms = nn.ModuleDict(
+                {f: nn.LayerNorm(m.channels) for f, m in zip(out_features, maps)}
+            )
         self._out_features = list(out_features)
         self._out_feature_strides = {f: m.stride for f, m in zip(out_features, maps)}
         self._out_feature_channels = {f: m.channels for f, m in zip(out_features, maps)}
@@ -106,6 +115,8 @@ class TimmBackbone(Backbone):
                 ):  # a slice's strides would tie a trace to its size
                     kept = torch.arange(-(-side // stride), device=x.device)
                     features = features.index_select(axis, kept)
+            if name in self.output_norms:
+                features = self.output_norms[name](features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             maps[name] = features
         return maps
 
@@ -314,6 +325,15 @@ def _frozen(layout: _Layout, freeze_at: int) -> frozenset[str]:
             f"layers it would freeze; expected one of {', '.join(map(str, possible))}"
         )
     return layout.maps[stride].parameters
+
+
+def _inside(body: nn.Module, part: str) -> list[str]:
+    """Names of the parameters in the part of ``body`` that is named so."""
+    names = [name for name, _ in body.named_parameters()]
+    if found := [name for name in names if name.startswith(f"{part}.")]:
+        return found
+    first = listed(list(dict.fromkeys(name.split(".")[0] for name in names)))
+    raise UserError(f"model.backbone.freeze: there is no part {part} with weights, but {first}")
 
 
 def _create(name: str, options: Mapping[str, Any] | None, **arguments: Any) -> Any:
