@@ -26,21 +26,7 @@ optimizer.params.overrides = {"in_proj_bias": {"weight_decay": 0.0}}
 optimizer.params.lr_factor_func.rules = {"backbone": 0.1}
 dataloader.train.aspect_ratio_grouping = False  # all images have one shape
 dataloader.train.mapper.augmentations = _train
-dataloader.train.mapper.augmentations.sizes = [
-    480,
-    512,
-    544,
-    576,
-    608,
-    640,
-    640,
-    640,
-    672,
-    704,
-    736,
-    768,
-    800,
-]
+dataloader.train.mapper.augmentations.sizes = [*range(480, 801, 32), 640, 640]
 dataloader.test.mapper.augmentations = _test
 model.neck.norm = "SyncBN"  # statistics over the images of all GPUs
 model.transformer.encoder.fusion.norm = "SyncBN"
