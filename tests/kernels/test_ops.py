@@ -131,9 +131,10 @@ def test_values_and_gradients_are_the_formulas(operator, size, dtype):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_types_lose_only_what_rounding_their_inputs_loses(operator, dtype):
+@pytest.mark.parametrize("D", [32, 58])  # 58: blocks of 32, 16 and 8 channels, and two alone
+def test_half_types_lose_only_what_rounding_their_inputs_loses(operator, dtype, D):
     """Sums run in float32: the error is that of a float32 computation, rounded once."""
-    half = problem(dtype=dtype, D=32, L=4)
+    half = problem(dtype=dtype, D=D, L=4)
     wide = {n: x.double() if isinstance(x, torch.Tensor) else x for n, x in half.items()}
     exact, gradients = run(operator, wide, 1)
     out, found = run(operator, half, 0)
@@ -143,6 +144,19 @@ def test_half_types_lose_only_what_rounding_their_inputs_loses(operator, dtype):
     # The cotangent is rounded too: its error and the result's.
     for name, gradient in found.items():
         assert (gradient.double() - gradients[name]).norm() <= 4 * unit * gradients[name].norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_types_are_rounded_to_nearest_even(dtype):
+    """Two samples at the centres of two cells, whose sum float32 holds exactly."""
+    heads, channels = 64, 58
+    value = torch.randn(1, 2, heads, channels, generator=torch.Generator().manual_seed(0)).to(dtype)
+    value[0, 0, :, 0], value[0, 0, :, 1], value[0, 0, :, 2] = float("inf"), float("-inf"), float("nan")
+    centres = torch.tensor([[0.25, 0.5], [0.75, 0.5]]).expand(1, 1, heads, 1, 2, 2).contiguous()
+    weights = torch.tensor([1.0, 0.5], dtype=dtype).expand(1, 1, heads, 1, 2).contiguous()
+    out = ms_deform_attn(value, [(1, 2)], centres, weights)
+    expected = (value[:, :1].float() + value[:, 1:].float() / 2).to(dtype).flatten(2)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
