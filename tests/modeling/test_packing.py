@@ -114,6 +114,12 @@ def test_all_maps_of_a_backbone(build):
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=2e-5, rtol=2e-5, msg=name)
 
+    for trained in (backbone, packed):
+        trained.train()
+        sum(out.square().mean() for out in trained(image).values()).backward()
+    for (name, parameter), same in zip(backbone.named_parameters(), packed.parameters(), strict=True):
+        torch.testing.assert_close(same.grad, parameter.grad, atol=1e-4, rtol=1e-4, msg=name)
+
 
 @packs
 def test_weights_that_change_are_packed_again():

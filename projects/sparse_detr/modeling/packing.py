@@ -148,15 +148,17 @@ class PackedFFN(FFN):
 class PackedConv2d(_Packed, nn.Conv2d):
     """A convolution with the ReLU and, before it, the residual that may follow."""
 
+    activation: Any = None  # detectron2's convolutions may have one of their own
+
     def forward(self, x: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H', W'), channels last where ``x`` is. Writes into ``residual``."""
         given = _input(self, x)
         if given is None or isinstance(self.padding, str) or self.padding_mode != "zeros":
             x = super().forward(x)
             x = x if residual is None else x + residual
-            return F.relu_(x) if relu else x
+            return F.relu_(x) if relu and self.activation is None else x
         arguments = *self.packed(given.dtype), self.padding, self.stride, self.dilation, self.groups
-        name = "relu" if relu else "none"
+        name = "relu" if relu or self.activation is not None else "none"
         if residual is None:
             return torch.ops.mkldnn._convolution_pointwise(given, *arguments, name, [], "")
         return torch.ops.mkldnn._convolution_pointwise_.binary(
@@ -170,9 +172,6 @@ class PackedConv2d(_Packed, nn.Conv2d):
 
 class PackedFrozenNormConv2d(PackedConv2d, FrozenNormConv2d):
     """The same with a frozen norm, which was folded once."""
-
-    def forward(self, x: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
-        return super().forward(x, relu or self.activation is not None, residual)
 
     def sources(self) -> list[Tensor]:
         norm: Any = self.norm
