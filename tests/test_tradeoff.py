@@ -60,6 +60,15 @@ def test_points_of_two_runs_as_table_json_and_picture(run_folders, tmp_path, cap
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_budgets_are_those_of_the_training(run_folders, tmp_path):
+    found = tmp_path / "found.json"
+    elastic = ["--opts", "model.transformer.encoder.elastic=[0.15,0.5]"]
+    tradeoff.main(
+        ["--run", run_folders[0], "--images", "1", "--device", "cpu", "--json", str(found), *elastic]
+    )
+    assert [r["keep_ratio"] for r in json.loads(found.read_text())] == [0.15, 0.2, 0.3, 0.5]
+
+
 def test_the_first_images_alone_can_be_measured(run_folders, capsys):
     tradeoff.main(["--run", run_folders[0], "--keep-ratio", "0.5", "--images", "1", "--device", "cpu"])
     assert ": 1 images; GMACs at " in capsys.readouterr().out

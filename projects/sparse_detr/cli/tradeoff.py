@@ -31,11 +31,12 @@ from ..calibrate import token_rankings
 from ..devices import clock, mixed_precision
 from ..engine.checks import has_test_set
 from ..errors import UserError
+from ..keep_ratio import keep_ratio_range
 from ..modeling import MeanRatio
 from ..predictor import Predictor
 from . import flags
 
-RATIOS = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+RATIOS = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)  # those of them that a run was trained for
 
 
 class Run:
@@ -128,9 +129,12 @@ class Point:
         }
 
 
-def points_of(run: Run, ratios: Sequence[float], adaptive: bool) -> list[Point]:
+def points_of(run: Run, ratios: Sequence[float] | None, adaptive: bool) -> list[Point]:
     if run.predict.keep_ratio is None:
         return [Point(run, None)]
+    if ratios is None:
+        low, high = keep_ratio_range(run.predict.model)
+        ratios = sorted({low, high, *(ratio for ratio in RATIOS if low < ratio < high)})
     budgets = list(ratios)
     if adaptive:
         shown = tqdm(run.batches(), f"{run.name}: calibrating", len(run), unit="image")
@@ -219,9 +223,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--keep-ratio",
         nargs="+",
         type=float,
-        default=RATIOS,
         metavar="RATIO",
-        help=f"token budgets (default: {' '.join(f'{r:g}' for r in RATIOS)})",
+        help=f"token budgets (default: {' '.join(f'{r:g}' for r in RATIOS)}, in the range of the training)",
     )
     parser.add_argument(
         "--adaptive", action="store_true", help="each budget also as a mean, with one for each image"
@@ -233,7 +236,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     flags.add_device(parser)
     flags.add_opts(parser)
     args = parser.parse_args(arguments)
-    for ratio in args.keep_ratio:
+    for ratio in args.keep_ratio or ():
         if not 0 < ratio <= 1:
             raise UserError(f"--keep-ratio {ratio} must lie in (0, 1]")
     if args.output:
