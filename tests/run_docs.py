@@ -5,10 +5,11 @@
     python tests/run_docs.py docs/own_data.md --only train_net
     DETECTRON2=/path/to/checkout python tests/run_docs.py docs/detectron2_scripts.md
 
-Commands run as they stand, one after the other, and at the end of each page its Python blocks as one
-program. They find what they name: configs whose models, images and runs are tiny, data sets of a few
-drawn images (COCO's among them), checkpoints with random weights, a finished run in `output/my_run`,
-pictures, a video. What cannot run everywhere is replaced or left out by `CHANGED`; the report says so.
+Commands run as they stand, one after the other, and at the end of each page its Python blocks (of a
+notebook, its cells) as one program. They find what they name: configs whose models, images and runs are
+tiny, data sets of a few drawn images (COCO's among them), checkpoints with random weights, a finished run
+in `output/my_run`, pictures, a video. What cannot run everywhere is replaced or left out by `CHANGED`; the
+report says so.
 """
 
 import argparse
@@ -36,6 +37,7 @@ PAGES = [
     *sorted((ROOT / "kernels").rglob("*.md")),
     ROOT / "tests" / "parity" / "README.md",
 ]
+NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
 TIME_LIMIT = 400  # seconds per command
 
 # Regular expression in a command, what stands there instead (None: it is not run), and why. All that
@@ -83,14 +85,19 @@ CHANGED = [
     (r"(?<=parity.py tests/parity)", "/cases/sparse_detr", "all cases: tests/parity/test_parity.py"),
     (r"\btrain.max_iter=500\b", "train.max_iter=2", "two iterations"),
     (r"(?<=benchmark.py )op\b", "op --scale 0.08 --rounds 2", "small maps"),
-    (r"(?<=benchmark.py )model\b", "model --size 96x128 --rounds 2", "a small image"),
+    (r"(?<=benchmark.py )(model\b.*)", r"\1 --size 96x128 --rounds 2", "a small image"),
 ]
 
 # Appended to the copy of every config.
 SMALL = """
 
 from tests.modeling.tiny import shrink as _shrink
+_timm = {k: model[k] for k in ("backbone", "in_features")}, model.neck.in_channels
 _shrink(model, num_classes=model.num_classes)
+if _timm[0]["backbone"].get("name") == "resnet18":  # the default of timm's, for which commands name others
+    model.update(_timm[0])
+    model.neck.in_channels = _timm[1]
+    train.init_checkpoint = ""
 dataloader.train.mapper.augmentations.update(
     short_edges=[64, 80], max_size=128, pre_crop_short_edges=[72], crop_size=[48, 64])
 dataloader.test.mapper.augmentations.update(short_edge=64, max_size=128)
@@ -133,8 +140,13 @@ SLURM_PROCID=0 SLURM_LOCALID=0 "$@" && wait $!
 
 
 def code(page: Path) -> Iterator[tuple[int, str, str]]:
-    """(line, language, text) of a page's fenced blocks, and of each `python ...` in a sentence."""
+    """(line, language, text) of a page's fenced blocks, and of each `python ...` in a sentence. All cells of a
+    notebook are one block."""
     text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        cells = ["".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
+        yield 1, "python", "\n".join(["display = print  # Jupyter's", *cells])
+        return
     for found in re.finditer(r"^```(\w*)\n(.*?)^```$|`(python [^`\n]+)`", text, re.M | re.S):
         language, block, inline = found.groups()
         line = 1 + text.count("\n", 0, found.start())
@@ -227,7 +239,7 @@ def prepare(folder: Path) -> None:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
     (folder / ".venv").symlink_to(sys.prefix)
-    for page in PAGES:
+    for page in [*PAGES, *NOTEBOOKS]:
         (folder / f"{page.relative_to(ROOT)}.py").write_text(program(page))
     (folder / "bin").mkdir()
     (folder / "bin" / "srun").write_text(SRUN)
@@ -434,7 +446,7 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="REGEX", help="commands in which it is found")
     parser.add_argument("--keep", metavar="DIR", help="work in this new folder and do not delete it")
     args = parser.parse_args()
-    pages = [Path(page).resolve() for page in args.pages] or PAGES
+    pages = [Path(page).resolve() for page in args.pages] or [*PAGES, *NOTEBOOKS]
     folder = Path(args.keep or tempfile.mkdtemp(prefix="run_docs_")).resolve()
     try:
         return run_all([job for page in pages for job in jobs(page, args.only)], folder)

@@ -12,7 +12,7 @@ import pytest
 from sparse_detr import cli
 from sparse_detr.config import apply_overrides, get_config, list_configs, load_config
 from tests import run_docs
-from tests.run_docs import PAGES
+from tests.run_docs import NOTEBOOKS, PAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -116,7 +116,7 @@ def test_the_index_has_every_page_once():
     assert "docs/README.md" in [link for page, link in LINKS if page == ROOT / "README.md"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_examples_import_what_exists(page):
     statements = ast.parse(run_docs.program(page)).body
     imports = [n for n in statements if isinstance(n, ast.Import | ast.ImportFrom)]
