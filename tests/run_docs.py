@@ -68,11 +68,7 @@ CHANGED = [
         ]
     ),
     *([] if "DETECTRON2" in os.environ else [(r"\$DETECTRON2/", None, "needs a checkout: DETECTRON2=...")]),
-    (
-        r"train\.max_iter=369650 train\.eval_period=7393",
-        "train.max_iter=2 train.eval_period=2",
-        "two iterations",
-    ),
+    (r"\btrain\.(max_iter|eval_period)=\d+", r"train.\1=2", "two iterations"),
     (r"train.wandb.enabled=true", "train.wandb.enabled=false", "needs an account"),
     (r"(?<=--num-gpus )8|(?<=--nproc-per-node )8", "2", "two processes instead of eight"),
     (r"\bnode0\b", "127.0.0.1", "both machines are this one"),
@@ -83,7 +79,6 @@ CHANGED = [
         "left open in the text",
     ),
     (r"(?<=parity.py tests/parity)", "/cases/sparse_detr", "all cases: tests/parity/test_parity.py"),
-    (r"\btrain.max_iter=500\b", "train.max_iter=2", "two iterations"),
     (r"(?<=benchmark.py )op\b", "op --scale 0.08 --rounds 2", "small maps"),
     (r"(?<=benchmark.py )(model\b.*)", r"\1 --size 96x128 --rounds 2", "a small image"),
 ]
@@ -343,6 +338,7 @@ def draw_other_formats(folder: Path) -> None:
 
 def write_weights(folder: Path) -> None:
     """The checkpoints, and the backbone where detectron2 would keep it after its download."""
+    import numpy as np
     import torch
     from detectron2.config import instantiate
 
@@ -358,6 +354,7 @@ def write_weights(folder: Path) -> None:
         cached.parent.mkdir(parents=True)
         cached.write_bytes(pickle.dumps({"model": backbone, "__author__": "random"}))
     shutil.copy(cached, folder)
+    np.savez(folder / "backbone.npz", **backbone)
 
 
 def run(together: list[str], folder: Path) -> tuple[str, float, str]:
