@@ -40,6 +40,12 @@ PAGES = [
 NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
 TIME_LIMIT = 400  # seconds per command
 
+
+def needs(package: str, command: str) -> list[tuple[str, None, str]]:
+    """The change that leaves ``command`` out where ``package`` is not installed."""
+    return [] if importlib.util.find_spec(package) else [(command, None, f"needs {package}")]
+
+
 # Regular expression in a command, what stands there instead (None: it is not run), and why. All that
 # fit apply, in this order.
 CHANGED = [
@@ -67,6 +73,8 @@ CHANGED = [
             (r" --int8\b", "", "needs torchao"),
         ]
     ),
+    *needs("timm", r"_timm\b|_timm_"),
+    *needs("transformers", r"\bmake_rt_detr\b"),
     *([] if "DETECTRON2" in os.environ else [(r"\$DETECTRON2/", None, "needs a checkout: DETECTRON2=...")]),
     (r"\btrain\.(max_iter|eval_period)=\d+", r"train.\1=2", "two iterations"),
     (r"train.wandb.enabled=true", "train.wandb.enabled=false", "needs an account"),
