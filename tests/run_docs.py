@@ -74,7 +74,7 @@ CHANGED = [
         ]
     ),
     *needs("timm", r"_timm\b|_timm_"),
-    *needs("transformers", r"\bmake_rt_detr\b"),
+    *needs("transformers", r"\bmake_rt_detr\b|benchmarks/peers\.py"),
     *([] if "DETECTRON2" in os.environ else [(r"\$DETECTRON2/", None, "needs a checkout: DETECTRON2=...")]),
     (r"\btrain\.(max_iter|eval_period)=\d+", r"train.\1=2", "two iterations"),
     (r"train.wandb.enabled=true", "train.wandb.enabled=false", "needs an account"),
