@@ -41,9 +41,9 @@ NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
 TIME_LIMIT = 400  # seconds per command
 
 
-def needs(package: str, command: str) -> list[tuple[str, None, str]]:
-    """The change that leaves ``command`` out where ``package`` is not installed."""
-    return [] if importlib.util.find_spec(package) else [(command, None, f"needs {package}")]
+def needs(package: str, command: str, instead: str | None = None) -> list[tuple[str, str | None, str]]:
+    """The change of ``command`` where ``package`` is not installed; without ``instead`` it is left out."""
+    return [] if importlib.util.find_spec(package) else [(command, instead, f"needs {package}")]
 
 
 # Regular expression in a command, what stands there instead (None: it is not run), and why. All that
@@ -65,14 +65,8 @@ CHANGED = [
         "needs a GPU; all of the rehearsal: tests/test_gpu_check.py",
     ),
     (r"^(python benchmarks/cuda_report.py).*", r"\1 --help", "needs nvcc and minutes"),
-    *(
-        []
-        if importlib.util.find_spec("torchao")
-        else [
-            (r"^(python tools/quantize.py).*", r"\1 --help", "needs torchao"),
-            (r" --int8\b", "", "needs torchao"),
-        ]
-    ),
+    *needs("torchao", r"^(python tools/quantize.py).*", r"\1 --help"),
+    *needs("torchao", r" --int8\b", ""),
     *needs("timm", r"_timm\b|_timm_"),
     *needs("transformers", r"\bmake_rt_detr\b|benchmarks/peers\.py"),
     *([] if "DETECTRON2" in os.environ else [(r"\$DETECTRON2/", None, "needs a checkout: DETECTRON2=...")]),

@@ -1,29 +1,17 @@
 """What the training mapper keeps, drops and clips."""
 
-import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
-from PIL import Image
 
 from sparse_detr.data import DetrDatasetMapper, train_augmentations
 from sparse_detr.data import test_augmentations as inference_augmentations  # pytest would collect it
 from sparse_detr.data.loader import seed_everything
 from sparse_detr.data.mapper import RandomEither
 
-HEIGHT, WIDTH = 60, 80
-
-
-@pytest.fixture
-def record(tmp_path):
-    """An 80 x 60 image: red left half, blue right half."""
-    pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
-    pixels[:, : WIDTH // 2, 0] = 255
-    pixels[:, WIDTH // 2 :, 2] = 255
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    return {"file_name": str(tmp_path / "a.png"), "height": HEIGHT, "width": WIDTH, "image_id": 7}
+HEIGHT, WIDTH = 60, 80  # of `record`
 
 
 def annotation(x, y, w, h, category_id=0, iscrowd=0):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
-from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -16,7 +15,8 @@ from sparse_detr.data import square_test_augmentations as square_inference_augme
 from sparse_detr.data.loader import seed_everything
 from sparse_detr.data.squares import RandomIoUCrop, RandomPhotometricDistort, RandomZoomOut
 
-HEIGHT, WIDTH = 60, 80
+HEIGHT, WIDTH = 60, 80  # of `record`
+
 BOXES = np.array([[2, 3, 30, 40], [35, 10, 70, 50], [60, 5, 78, 20]], dtype=np.float64)
 
 
@@ -62,19 +62,14 @@ def test_an_image_without_objects_is_not_cropped(image):
 
 
 @pytest.fixture
-def records(tmp_path):
-    """80 x 60 images: red left half with an object, blue right half; a crowd over all."""
-    pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
-    pixels[:, : WIDTH // 2, 0] = 255
-    pixels[:, WIDTH // 2 :, 2] = 255
-    Image.fromarray(pixels).save(tmp_path / "a.png")
+def records(record):
+    """The image eight times, with an object on its left half and a crowd over all."""
     left, everything = [0, 0, WIDTH // 2, HEIGHT], [0, 0, WIDTH, HEIGHT]
     annotations = [
         dict(bbox=box, bbox_mode=BoxMode.XYWH_ABS, category_id=0, iscrowd=int(box is everything))
         for box in (left, everything)
     ]
-    record = dict(file_name=str(tmp_path / "a.png"), height=HEIGHT, width=WIDTH, annotations=annotations)
-    return [{**record, "image_id": i} for i in range(8)]
+    return [{**record, "annotations": annotations, "image_id": i} for i in range(8)]
 
 
 def test_squares(records):
