@@ -125,10 +125,14 @@ def test_the_tool_asks_for_the_classes_of_own_data(monkeypatch):
     ],
 )
 def test_the_papers_numbers(config, gmacs):
-    """Of the published code at 800x1066; it evaluates the decoder's heads twice."""
+    """Of the published code at 800x1066. It boxes all tokens, not only the queries', and runs the decoder's
+    heads more often (docs/flops.md)."""
     model = instantiate(get_config(f"sparse_detr/{config}", ["model.num_classes=91"]).model)
-    found = analyze(model, (800, 1066)).total
-    assert found.macs / 1e9 == pytest.approx(gmacs, rel=0.01)
+    found = analyze(model, (800, 1066)).total.macs
+    tokens, queries, dim = 17821, 300, 256
+    box_head = 2 * dim**2 + 4 * dim
+    found += (tokens - queries) * box_head + 5 * queries * dim * 91 + 6 * queries * box_head
+    assert found / 1e9 == pytest.approx(gmacs, abs=0.01)
 
 
 @pytest.mark.parametrize(

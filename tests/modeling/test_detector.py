@@ -9,9 +9,10 @@ from detectron2.utils.events import EventStorage
 
 from sparse_detr.config import get_config, list_configs
 from sparse_detr.modeling.heads import DetectionHeads
+from sparse_detr.modeling.tokens import gather_tokens
 from sparse_detr.yacs import add_sparse_detr_config
 
-from .tiny import sample, shrink, tiny_model, total_losses
+from .tiny import reveal, sample, shrink, tiny_model, total_losses
 
 VARIANTS = [
     "deformable_detr_r50_50ep",
@@ -57,6 +58,21 @@ def test_all_layers_start_from_the_same_heads(config):
 def test_a_few_steps_on_one_image_reduce_the_loss(config):
     totals = total_losses(tiny_model(config).train(), [sample(64, 64)], steps=12, lr=1e-3)
     assert totals[-1] < 0.8 * totals[0]
+
+
+@pytest.mark.parametrize("config", [name for name in VARIANTS if "two_stage" in name or "efficient" in name])
+def test_inference_boxes_only_the_tokens_that_become_queries(config):
+    model = reveal(tiny_model(config)).double()
+    images = model.preprocess([sample(70, 90)])
+    with torch.no_grad():
+        every, chosen = (model.train(training).detect(images) for training in (True, False))
+    selected = chosen.proposals.selected
+    assert torch.equal(selected, every.proposals.selected)
+    assert every.proposals.boxes.shape[1] > chosen.proposals.boxes.shape[1] == selected.shape[1]
+    for name in ("boxes", "logits"):
+        expected = gather_tokens(getattr(every.proposals, name), selected)
+        torch.testing.assert_close(getattr(chosen.proposals, name), expected)
+    torch.testing.assert_close(chosen.boxes, every.boxes)
 
 
 def test_inference_returns_instances_in_output_pixels():

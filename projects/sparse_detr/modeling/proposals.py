@@ -52,7 +52,7 @@ class Queries:
 
 @dataclass
 class Proposals:
-    """Scored proposals, all tokens' or only the selected ones'.
+    """Scored proposals: all tokens' for Deformable DETR's losses, otherwise only the selected ones'.
 
     logits: (B, N or Q, num_classes).
     boxes: (B, N or Q, 4) cxcywh in [0, 1] of the unpadded image.
@@ -218,12 +218,16 @@ class ProposalQueries(QuerySelection):
         self.position_norm = nn.LayerNorm(outputs)
 
     def forward(self, memory: Tensor, tokens: Tokens, head: ProposalHead) -> tuple[Queries, Proposals]:
-        projected = head.project(memory, tokens.unproposed)
+        projected, proposals = head.project(memory, tokens.unproposed), tokens.proposals
         logits = head.class_head(projected)  # (B, N, num_classes)
-        boxes = head.refine(projected, tokens.proposals)  # (B, N, 4)
         selected = self.select(head.score(logits), tokens)  # (B, Q)
+        if not self.training:  # only the losses look at the other tokens' boxes
+            projected, proposals, logits = (
+                gather_tokens(x, selected) for x in (projected, proposals, logits)
+            )
+        boxes = head.refine(projected, proposals)  # (B, N or Q, 4)
 
-        reference = gather_tokens(boxes, selected).detach().sigmoid()
+        reference = (gather_tokens(boxes, selected) if self.training else boxes).detach().sigmoid()
         code = box_code(reference, self.num_feats)  # (B, Q, 2 * C)
         position = self.position_norm(self.position_proj(code.to(memory.dtype)))
         if self.content_from_memory:

@@ -188,11 +188,14 @@ def _compare_predictions(case: Case, model, output) -> None:
         case.compare("one2many_boxes", decoded.boxes[-1][:, second])
         case.compare("one2many_logits_q6", decoded.logits[-1][:, second][:, ::6])
     if output.proposals is not None:
-        proposals = output.proposals
-        case.compare_rows("enc_logits_rows", proposals.logits)
-        case.compare_rows("enc_boxes_rows", proposals.boxes)
-        case.compare("enc_fg_score", model.transformer.proposal_head.score(proposals.logits))
-        case.compare("topk_proposals", proposals.selected)
+        # The model boxes only the tokens that it selects; published code boxes all.
+        head = model.transformer.proposal_head
+        projected = head.project(output.encoded.memory, output.tokens.unproposed)
+        logits = head.class_head(projected)
+        case.compare_rows("enc_logits_rows", logits)
+        case.compare_rows("enc_boxes_rows", head.refine(projected, output.tokens.proposals).sigmoid())
+        case.compare("enc_fg_score", head.score(logits))
+        case.compare("topk_proposals", output.proposals.selected)
     if output.encoded.selected is not None:
         case.compare("mask_prediction", output.encoded.scores)
         case.compare("backbone_topk_proposals", output.encoded.selected)
