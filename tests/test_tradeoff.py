@@ -1,11 +1,14 @@
 """tools/tradeoff.py on runs that take moments."""
 
 import json
+import sys
 
+import numpy as np
 import pytest
 from detectron2.config import LazyConfig
 
 import sparse_detr
+from benchmarks import budgets
 from sparse_detr.cli import tradeoff
 from sparse_detr.engine import Checkpointer
 from sparse_detr.errors import UserError
@@ -77,3 +80,17 @@ def test_the_first_images_alone_can_be_measured(run_folders, capsys):
 def test_what_cannot_be_measured_is_named(run_folders):
     with pytest.raises(UserError, match=r"--keep-ratio 2.0 must lie in \(0, 1\]"):
         tradeoff.main(["--run", run_folders[0], "--keep-ratio", "2"])
+
+
+@pytest.mark.parametrize("mean", [0.1, 0.6])
+def test_what_budgets_per_image_could_win_keeps_the_mean(mean):
+    ratios = budgets.in_proportion(np.array([1.0, 2.0, 3.0, 50.0, 0.001]), mean)
+    assert ratios.mean() == pytest.approx(mean) and ratios.max() <= min(2 * mean, 1)
+    assert ratios.min() == pytest.approx(mean / 2) and ratios[0] < ratios[1] < ratios[2] < ratios[3]
+
+
+def test_what_budgets_per_image_could_win_is_measured(run_folders, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["budgets.py", "--run", run_folders[0], "--mean", "0.2"])
+    budgets.main()
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("the same", "objects", "their area", "the fewer, the more"))

@@ -166,8 +166,8 @@ class SetDetector(nn.Module):
             losses = self.losses(output, targets, part)
             _log(output.encoded.metrics)
             return losses
-        # Some encoders look at the whole batch: such an image must not reach them. One number tells, at a
-        # tenth of the cost of asking every pixel.
+        # Some encoders look at the whole batch: such an image must not reach them. Their sum tells, in one
+        # pass over the pixels.
         broken = [
             index
             for index, entry in enumerate(batched_inputs)

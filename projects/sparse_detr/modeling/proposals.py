@@ -218,16 +218,19 @@ class ProposalQueries(QuerySelection):
         self.position_norm = nn.LayerNorm(outputs)
 
     def forward(self, memory: Tensor, tokens: Tokens, head: ProposalHead) -> tuple[Queries, Proposals]:
-        projected, proposals = head.project(memory, tokens.unproposed), tokens.proposals
+        projected = head.project(memory, tokens.unproposed)
         logits = head.class_head(projected)  # (B, N, num_classes)
         selected = self.select(head.score(logits), tokens)  # (B, Q)
-        if not self.training:  # only the losses look at the other tokens' boxes
-            projected, proposals, logits = (
-                gather_tokens(x, selected) for x in (projected, proposals, logits)
+        if self.training:  # the losses look at all tokens' boxes
+            boxes = head.refine(projected, tokens.proposals)  # (B, N, 4)
+            chosen = gather_tokens(boxes, selected)
+        else:
+            logits = gather_tokens(logits, selected)
+            boxes = chosen = head.refine(
+                gather_tokens(projected, selected), gather_tokens(tokens.proposals, selected)
             )
-        boxes = head.refine(projected, proposals)  # (B, N or Q, 4)
 
-        reference = (gather_tokens(boxes, selected) if self.training else boxes).detach().sigmoid()
+        reference = chosen.detach().sigmoid()
         code = box_code(reference, self.num_feats)  # (B, Q, 2 * C)
         position = self.position_norm(self.position_proj(code.to(memory.dtype)))
         if self.content_from_memory:

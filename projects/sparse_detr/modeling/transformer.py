@@ -196,7 +196,7 @@ class DetectionTransformer(nn.Module):
             codes = [code + e for code, e in zip(codes, self.level_embed)]
         return Tokens(
             features=features,
-            position=torch.cat(codes, dim=1).to(features.dtype),
+            position=torch.cat(codes, dim=1).to(features.dtype),  # sums with features stay in their dtype
             mask=flatten_levels(masks),
             shapes=tuple((m.shape[-2], m.shape[-1]) for m in maps),
             extents=extents,
