@@ -316,7 +316,8 @@ class SetDetector(nn.Module):
         for size in dict.fromkeys(sizes):
             members = [image for image, other in enumerate(sizes) if other == size]
             height, width = (-(-side // unit) * unit for side in size)
-            features = self._features(batch[members, :, :height, :width])
+            # Not batch[members]: an index from the host makes it wait for the GPU.
+            features = self._features(torch.stack([batch[i, :, :height, :width] for i in members]))
             levels, hidden = self._project(features, [size] * len(members), (height, width))
             for row, image in enumerate(members):
                 maps[image] = [level[row] for level in levels]

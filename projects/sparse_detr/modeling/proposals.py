@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.ops import nms
 
 from .heads import BoxHead, ClassHead
-from .layers import at_least_float32, box_code
+from .layers import at_least_float32, box_code, tensor_like
 from .matcher import Assignment
 from .tokens import LevelShapes, Tokens, cell_centres, gather_tokens
 
@@ -148,7 +148,7 @@ def first_of_neighbours(
     for level, centre in enumerate(cell_centres(shapes, at_least_float32(scores))):
         # Levels side by side, so that squares of two levels never overlap.
         offset = sum(width + 2 for _, width in shapes[:level])
-        centres.append(centre + torch.tensor([offset, 0], device=centre.device))
+        centres.append(centre + tensor_like([offset, 0], centre))
     centre = torch.cat(centres)[index]  # (B, M, 2)
     square = torch.cat([centre - 1, centre + 1], dim=-1)
     rank = torch.arange(candidates, device=scores.device)

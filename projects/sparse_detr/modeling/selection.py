@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .budgets import ImageBudgets
-from .layers import at_least_float32
+from .layers import at_least_float32, tensor_like
 from .tokens import Tokens, gather_tokens, scatter_tokens
 
 
@@ -107,7 +107,7 @@ def _enlarge_valid(x: Tensor, cells: Tensor, new_cells: Tensor, shape: tuple[int
         (B, 1, *shape); in the padding, the last row and column.
     """
     scale = (cells - 1) / (new_cells - 1).clamp(min=1)  # (B, 2), from new cells to old ones
-    last = torch.tensor(x.shape[:1:-1], device=x.device).sub(1).clamp(min=1)  # (W - 1, H - 1)
+    last = tensor_like(x.shape[:1:-1], cells).sub(1).clamp(min=1)  # (W - 1, H - 1)
     axes = [
         torch.minimum(torch.arange(size, device=x.device) * scale[:, axis, None], cells[:, axis, None] - 1)
         / last[axis]
