@@ -21,6 +21,7 @@ in the same run. Peers: benchmarks/peers.py. Measure on a quiet machine.
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
@@ -61,8 +62,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="a shipped config or a file, quoted together with its overrides",
     )
     model.add_argument("--size", type=_checkout.image_size, default=(800, 1066), metavar="HxW")
+    model.add_argument("--batch", type=int, default=1, help="images per call (default: 1)")
     model.add_argument("--bf16", action="store_true", help="each of our models in bfloat16 as well")
+    model.add_argument("--tf32", action="store_true", help="and in tf32 (GPU)")
     model.add_argument("--int8", action="store_true", help="and in int8 (CPU; needs torchao)")
+    model.add_argument("--graph", action="store_true", help="and each of these as a CUDA graph (GPU)")
+    model.add_argument("--compile", action="store_true", help="and through torch.compile (takes minutes)")
     model.add_argument("--train", action="store_true", help="a training step too: time and memory")
     args = parser.parse_args(argv)
     args.rounds = args.rounds or (15 if args.command == "op" else 7)
@@ -70,6 +75,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--rounds must be at least 2: a spread needs two")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no GPU")
+    if args.command == "model" and args.device == "cpu" and (args.tf32 or args.graph):
+        parser.error("--tf32, --graph: with --device cuda")
     if args.command == "model" and args.int8 and (args.device != "cpu" or args.train):
         parser.error("--int8: for inference on a CPU, without --train and --device cuda")
     return args
@@ -127,30 +134,37 @@ def benchmark_models(args: argparse.Namespace) -> tuple[str, list[dict]]:
     from benchmarks import models  # needs detectron2, which `op` does not
 
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, for peers too
     contenders = [models.ours(text, args.device) for text in args.models]
     plain = list(contenders)
-    if args.bf16:
-        contenders += [models.in_bfloat16(contender) for contender in plain]
+    precisions = [p for p, asked in (("tf32", args.tf32), ("bfloat16", args.bf16)) if asked]
+    contenders += [models.in_precision(contender, p) for p in precisions for contender in plain]
+    images = models.batches(args.size, args.batch, args.device)
+    eager = list(contenders)
+    if args.graph:
+        contenders += _those_that_work(models.captured, eager, images[0])
+    if args.compile:
+        contenders += [models.compiled(contender) for contender in eager]
     if args.int8:
         contenders += [models.in_int8(contender, args.size) for contender in plain]
     contenders += [models.peer(text, args.device) for text in args.peer]
     names = [c.name for c in contenders]
     if len(set(names)) < len(names):
         raise SystemExit(f"two models have the same name, write NAME=CONFIG: {names}")
-    rates = {
-        dtype: product_rate(args.device, dtype)
-        for dtype in (torch.float32, *([torch.bfloat16] if args.bf16 else []))
-    }
-    models.measure(contenders, args.size, args.rounds, args.device)
+    rates = {}
+    for precision in ("float32", *precisions):
+        with models.computing_in(precision, torch.device(args.device)):
+            rates[precision] = product_rate(args.device)
+    models.measure(contenders, images, args.rounds, args.device)
     if args.train:
-        models.measure_training(contenders, args.size, max(2, args.rounds // 2), args.device)
+        models.measure_training(contenders, args.size, max(2, args.rounds // 2), args.device, args.batch)
     rows: list[list[object]] = [
-        ["large product", str(dtype).removeprefix("torch."), "", "", f"{rate / 1e9:.0f} GMAC/s", "", ""]
-        for dtype, rate in rates.items()
+        ["large product", precision, "", "", f"{rate / 1e9:.0f} GMAC/s", "", ""]
+        for precision, rate in rates.items()
     ]
     records: list[dict] = [
-        {"part": "large product", "name": str(dtype), "multiply_adds_per_second": rate}
-        for dtype, rate in rates.items()
+        {"part": "large product", "name": precision, "multiply_adds_per_second": rate}
+        for precision, rate in rates.items()
     ]
     for part in ("model", "encoder", "training step"):
         base = contenders[0].timings.get(part)
@@ -160,13 +174,13 @@ def benchmark_models(args: argparse.Namespace) -> tuple[str, list[dict]]:
                 continue
             against = "" if timing is base or base is None else ratio(timing, base)
             macs = models.multiply_adds(contender, args.size) if part == "model" else None
-            limit = None if macs is None else macs / rates[contender.dtype]  # seconds
+            limit = None if macs is None else args.batch * macs / rates[contender.precision]  # seconds
             rows.append(
                 [
                     part,
                     contender.name,
-                    f"{timing.best:.3f}",
-                    f"{timing.median:.3f}",
+                    f"{timing.best:.4g}",
+                    f"{timing.median:.4g}",
                     against,
                     "" if limit is None else f"{limit / timing.median:.0%}",
                     megabytes(timing.memory),
@@ -184,6 +198,17 @@ def benchmark_models(args: argparse.Namespace) -> tuple[str, list[dict]]:
             )
     head = ["", "", "best s", "median s", f"faster than {names[0]}", "of the limit", "peak MB"]
     return markdown(head, rows), records
+
+
+def _those_that_work(make: Callable, contenders: list, *inputs: object) -> list:
+    """``make`` of each; one that fails is left out and named."""
+    made = []
+    for contender in contenders:
+        try:
+            made.append(make(contender, *inputs))
+        except Exception as error:
+            print(f"{contender.name}: no {make.__name__} model: {type(error).__name__}: {error}", flush=True)
+    return made
 
 
 def main() -> None:

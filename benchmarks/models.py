@@ -1,16 +1,18 @@
-"""Whole detectors and their encoders, one image at a time, random weights."""
+"""Whole detectors and their encoders, on a batch of images of one size, random weights."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from detectron2.config import instantiate
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_detr import config
 from sparse_detr.analysis import analyze
@@ -23,13 +25,14 @@ from .timing import Timing, peak_memory, take_turns
 
 @dataclass
 class Contender:
-    """A detector in inference: a normalised image (1, 3, H, W) to its predictions."""
+    """A detector in inference: normalised images (B, 3, H, W) to their predictions."""
 
     name: str
     model: nn.Module
     detect: Callable[[Tensor], object]
     encoder: nn.Module | None
-    dtype: torch.dtype = torch.float32  # of the products
+    precision: str = "float32"  # of the products, see ``computing_in``
+    trains: bool = True  # has a training step of its own
     timings: dict[str, Timing] = field(default_factory=dict)  # "model", "encoder", "training step"
 
     @property
@@ -51,19 +54,101 @@ def ours(text: str, device: str) -> Contender:
     return Contender(
         name or " ".join([path.rsplit("/", 1)[-1], *overrides]),
         model,
-        lambda image: model.detect(ImageList(image, [tuple(image.shape[-2:])])),
+        lambda image: model.detect(ImageList(image, [tuple(image.shape[-2:])] * image.shape[0])),
         model.transformer.encoder,
     )
 
 
-def in_bfloat16(contender: Contender) -> Contender:
-    """The same model under autocast, as ``Predictor(dtype="bfloat16")`` runs it."""
+@contextlib.contextmanager
+def computing_in(precision: str, device: torch.device) -> Iterator[None]:
+    """Products in float32, in tf32 (float32 with short mantissas, on GPUs), or under autocast in bfloat16,
+    as ``Predictor(dtype="bfloat16")`` runs a model."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = precision == "tf32"
+        with mixed_precision(device, torch.bfloat16 if precision == "bfloat16" else torch.float32):
+            yield
+    finally:
+        for switch, value in zip(switches, before):
+            switch.allow_tf32 = value
+
+
+def in_precision(contender: Contender, precision: str) -> Contender:
+    """The same model, computed in ``precision``."""
 
     def detect(image: Tensor) -> object:
-        with mixed_precision(image.device, torch.bfloat16):
+        with computing_in(precision, image.device):
             return contender.detect(image)
 
-    return Contender(f"{contender.name}, bf16", contender.model, detect, None, torch.bfloat16)
+    short = precision.replace("bfloat16", "bf16")
+    return Contender(f"{contender.name}, {short}", contender.model, detect, None, precision)
+
+
+def compiled(contender: Contender, **options: object) -> Contender:
+    """The same model through torch.compile, for the size that it meets first."""
+    detect = torch.compile(contender.detect, dynamic=False, **options)
+    name = f"{contender.name}, compiled"
+    return Contender(name, contender.model, detect, None, contender.precision, trains=False)
+
+
+def captured(contender: Contender, images: Tensor) -> Contender:
+    """The same model as a CUDA graph, for batches of the shape of ``images``.
+
+    Raises:
+        RuntimeError: it cannot be captured, or does not compute the same.
+    """
+    static, constants = images.clone(), HostConstants()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.inference_mode():
+        with torch.cuda.stream(stream), constants:
+            contender.detect(static)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), constants.again():
+            output = contender.detect(static)
+
+        def detect(image: Tensor) -> object:
+            static.copy_(image)
+            graph.replay()
+            return output
+
+        other = images.flip(-1)
+        expected = contender.detect(other)
+        found = detect(other)
+        error = (found.logits.float() - expected.logits.float()).abs().max()
+        if not error <= (1e-3 if contender.precision == "float32" else 0.1):
+            raise RuntimeError(f"its logits are {error:.1e} off")
+    name = f"{contender.name}, CUDA graph"
+    return Contender(name, contender.model, detect, None, contender.precision, trains=False)
+
+
+class HostConstants(TorchDispatchMode):
+    """Tensors that a model makes on the host and copies to the device: numbers that follow from an image's
+    size. Made once, and handed out again in the same order in ``again``: a CUDA graph would copy from the
+    host's memory when that is somebody else's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Tensor] = []
+        self.next: Iterator[Tensor] | None = None
+
+    def again(self) -> HostConstants:
+        self.next = iter(self.made)
+        return self
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        there = kwargs.get("device")
+        copies = function is torch.ops.aten._to_copy.default and there is not None
+        if not copies or args[0].device.type != "cpu" or torch.device(there).type == "cpu":
+            return function(*args, **kwargs)
+        if self.next is not None:
+            return next(self.next)
+        self.made.append(function(*args, **kwargs))
+        return self.made[-1]
 
 
 def in_int8(contender: Contender, size: tuple[int, int]) -> Contender:
@@ -79,7 +164,7 @@ def in_int8(contender: Contender, size: tuple[int, int]) -> Contender:
             return model.detect(ImageList(image, [tuple(image.shape[-2:])]))
 
     # Not as a detector, whose multiply-adds would be held against a rate of another precision.
-    return Contender(f"{contender.name}, int8", nn.ModuleList([model]), detect, None, torch.bfloat16)
+    return Contender(f"{contender.name}, int8", nn.ModuleList([model]), detect, None, "bfloat16")
 
 
 def multiply_adds(contender: Contender, size: tuple[int, int]) -> int | None:
@@ -101,10 +186,14 @@ def peer(text: str, device: str) -> Contender:
     return Contender(name, model, model, getattr(model, "encoder", None))
 
 
-def measure(contenders: list[Contender], size: tuple[int, int], rounds: int, device: str) -> None:
-    """Fills in time and memory of inference, and the time of the encoder on what it receives there."""
+def batches(size: tuple[int, int], batch: int, device: str) -> list[Tensor]:
+    """Two of random images (batch, 3, *size)."""
     g = torch.Generator().manual_seed(0)
-    images = [torch.randn(1, 3, *size, generator=g).to(device) for _ in range(2)]
+    return [torch.randn(batch, 3, *size, generator=g).to(device) for _ in range(2)]
+
+
+def measure(contenders: list[Contender], images: list[Tensor], rounds: int, device: str) -> None:
+    """Fills in time and memory of inference, and the time of the encoder on what it receives there."""
     with torch.inference_mode():
         received = {}
         for contender in contenders:
@@ -133,7 +222,12 @@ def measure(contenders: list[Contender], size: tuple[int, int], rounds: int, dev
 
 
 def measure_training(
-    contenders: list[Contender], size: tuple[int, int], rounds: int, device: str, boxes: int = 10
+    contenders: list[Contender],
+    size: tuple[int, int],
+    rounds: int,
+    device: str,
+    batch: int = 1,
+    boxes: int = 10,
 ) -> None:
     """Fills in time and memory of forward, losses and backward, with that many boxes per image."""
     g = torch.Generator().manual_seed(0)
@@ -150,11 +244,11 @@ def measure_training(
 
     def step(contender: Contender, _: int = 0) -> None:
         contender.model.zero_grad(set_to_none=True)
-        with mixed_precision(image.device, contender.dtype):
-            losses = contender.model([{"image": image, "instances": instances}])
+        with computing_in(contender.precision, image.device):
+            losses = contender.model([{"image": image, "instances": instances}] * batch)
         sum(losses.values()).backward()
 
-    trained = [c for c in contenders if isinstance(c.model, SetDetector)]
+    trained = [c for c in contenders if isinstance(c.model, SetDetector) and c.trains]
     for contender in trained:
         contender.model.train()
         contender.model.requires_grad_(True)  # frozen layers too, so that bases compare alike

@@ -84,9 +84,12 @@ def _cuda_seconds(call: Callable[[int], object], start: int, count: int) -> floa
     return begin.elapsed_time(end) / 1e3 / count
 
 
-def product_rate(device: str, dtype: torch.dtype, size: int = 2048) -> float:
-    """Multiply-adds per second of a large matrix product: what no model exceeds."""
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+def product_rate(device: str) -> float:
+    """Multiply-adds per second of a large matrix product: what no model exceeds. Under autocast, in its
+    precision."""
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    size = 2048 if device == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     timing = take_turns({"product": lambda _: a @ b}, 5, device)["product"]
     return size**3 / timing.best
 

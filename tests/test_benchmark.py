@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import peers
+from benchmarks import models, peers
 from benchmarks.report import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +103,8 @@ def test_models_and_a_peer(tmp_path):
         "sparse=quick/sparse_detr_shapes model.transformer.encoder.keep_ratio=0.1",
         "--train",
         "--bf16",
+        "--batch",
+        "2",
         "--size",
         "96x128",
         "--rounds",
@@ -117,7 +119,7 @@ def test_models_and_a_peer(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "model.json").read_text())["results"]
     rates = {r["name"]: r["multiply_adds_per_second"] for r in found if r["part"] == "large product"}
-    assert set(rates) == {"torch.float32", "torch.bfloat16"} and min(rates.values()) > 1e6
+    assert set(rates) == {"float32", "bfloat16"} and min(rates.values()) > 1e6
     found = [r for r in found if r["part"] != "large product"]
     macs = {r["name"]: r["multiply_adds"] for r in found if r["part"] == "model"}
     assert macs["dense"] == macs["dense, bf16"] > macs["sparse"] > 0 and macs["mine"] is None
@@ -137,6 +139,40 @@ def test_models_and_a_peer(tmp_path):
     }
     memory = {r["name"]: r["peak_bytes"] for r in found if r["part"] == "training step"}
     assert memory["dense"] > 1e6 and memory["sparse"] > 1e6
+
+
+def test_constants_of_the_host_are_copied_once():
+    """What a CUDA graph needs, told with the meta device, to which copies are made as to a GPU."""
+    x = torch.ones(3, device="meta")
+
+    def work(width):
+        return [x * torch.tensor([width] * 3).to(x.device), torch.zeros(2).to(x.device, non_blocking=True)]
+
+    constants = models.HostConstants()
+    with constants:
+        first = work(1.0)[1]
+    with constants.again():
+        assert work(2.0)[1] is first
+    assert len(constants.made) == 2 and constants.made[0].shape == (3,)
+    with constants.again():
+        assert torch.ones(2).to(torch.float64).sum() == 2  # stays on the host: none of them
+
+
+def test_a_compiled_model_is_the_same():
+    plain = models.ours("quick/sparse_detr_shapes", "cpu")
+    images = models.batches((64, 96), 2, "cpu")[0]
+    compiled = models.compiled(plain, backend="aot_eager")
+    with torch.inference_mode():
+        expected, found = plain.detect(images), compiled.detect(images)
+    torch.testing.assert_close(found.logits, expected.logits)
+    assert compiled.model is plain.model and not compiled.trains
+
+
+def test_what_a_cpu_has_not_is_refused():
+    for flags in (["--tf32"], ["--graph"], ["--device", "cuda"]):
+        if flags[0] != "--device" or not torch.cuda.is_available():
+            done = benchmark("model", "quick/sparse_detr_shapes", *flags)
+            assert done.returncode == 2 and flags[0] in done.stderr
 
 
 @pytest.mark.parametrize(

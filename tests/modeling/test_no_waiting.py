@@ -14,19 +14,7 @@ from torch.utils._pytree import tree_leaves
 from sparse_detr.config import get_config
 from sparse_detr.modeling import proposals
 
-from .tiny import shrink
-
-CONFIGS = [
-    "deformable_detr/deformable_detr_r50_50ep",
-    "deformable_detr/deformable_detr_r50_two_stage_50ep",
-    "dino/dino_r50_4scale_12ep",
-    "h_deformable_detr/h_deformable_detr_r50_12ep",
-    "sparse_detr/sparse_detr_r50_10_50ep",
-    "focus_detr/focus_detr_r50_4scale_12ep",
-    "lite_detr/lite_dino_r50_h3l1_2p1x3_36ep",
-    "salience_detr/salience_detr_r50_4scale_12ep",
-    "rt_detr/rt_detr_r50_72ep",
-]
+from .tiny import METHODS, shrink
 
 
 class Waits(TorchDispatchMode):
@@ -53,7 +41,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("sizes", [[(64, 96)], [(64, 96), (50, 70)]], ids=["one image", "padded batch"])
 @pytest.mark.parametrize("exact_sizes", [False, True], ids=["published", "exact sizes"])
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", METHODS)
 def test_inference(config, sizes, exact_sizes, monkeypatch):
     # Salience DETR's non-maximum suppression does wait: torchvision's returns as many as it keeps.
     monkeypatch.setattr(proposals, "nms", lambda boxes, scores, threshold: scores.argsort())

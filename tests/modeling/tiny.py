@@ -11,6 +11,19 @@ from omegaconf import DictConfig
 from sparse_detr.config import get_config
 
 
+METHODS = [  # one config of each
+    "deformable_detr/deformable_detr_r50_50ep",
+    "deformable_detr/deformable_detr_r50_two_stage_50ep",
+    "dino/dino_r50_4scale_12ep",
+    "h_deformable_detr/h_deformable_detr_r50_12ep",
+    "sparse_detr/sparse_detr_r50_10_50ep",
+    "focus_detr/focus_detr_r50_4scale_12ep",
+    "lite_detr/lite_dino_r50_h3l1_2p1x3_36ep",
+    "salience_detr/salience_detr_r50_4scale_12ep",
+    "rt_detr/rt_detr_r50_72ep",
+]
+
+
 def tiny_backbone() -> dict:
     """Three maps of 12, 16 and 20 channels at strides 8, 16 and 32."""
     stages = [
