@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -20,6 +19,7 @@ from sparse_detr.devices import mixed_precision
 from sparse_detr.modeling import SetDetector, pack_weights
 
 from .ops import load
+from .report import named_config
 from .timing import Timing, peak_memory, take_turns
 
 
@@ -41,18 +41,13 @@ class Contender:
 
 
 def ours(text: str, device: str) -> Contender:
-    """``CONFIG [key=value ...]``, or ``NAME=CONFIG [key=value ...]``; the name may have spaces."""
-    match = re.fullmatch(
-        r"(?:(?P<name>[^=]*)=)?(?P<path>[^\s=]+)(?P<overrides>(?:\s+\S+=\S+)*)", text.strip()
-    )
-    if match is None:
-        raise SystemExit(f"{text!r}: expected [NAME=]CONFIG [key=value ...]")
-    name, path, overrides = match["name"], match["path"], match["overrides"].split()
+    """``[NAME=]CONFIG [key=value ...]``."""
+    name, path, overrides = named_config(text)
     torch.manual_seed(0)
     model = instantiate(config.load_config(path, overrides).model).to(device).eval()
     pack_weights(model)  # as ``Predictor`` does; training runs unpacked
     return Contender(
-        name or " ".join([path.rsplit("/", 1)[-1], *overrides]),
+        name,
         model,
         lambda image: model.detect(ImageList(image, [tuple(image.shape[-2:])] * image.shape[0])),
         model.transformer.encoder,

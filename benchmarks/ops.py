@@ -10,10 +10,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -180,6 +182,17 @@ def plain_splat(
 # ------------------------------------------------------------------------------ contenders
 
 
+def imported(name: str) -> ModuleType | None:
+    """The module, if it is installed and works here; otherwise the comparison goes without it."""
+    if importlib.util.find_spec(name.partition(".")[0]) is None:
+        return None
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # made for another Python, or another torch
+        print(f"{name} is left out: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
+
+
 def peers(named: list[str]) -> dict[str, Callable]:
     """Functions (value, shapes, level starts, locations, weights) -> output, by name.
 
@@ -188,12 +201,12 @@ def peers(named: list[str]) -> dict[str, Callable]:
     of ``named``.
     """
     found = {}
-    if importlib.util.find_spec("deformops"):
-        found["deformops"] = importlib.import_module("deformops.registry").msda
+    if deformops := imported("deformops.registry"):
+        found["deformops"] = deformops.msda
     if importlib.util.find_spec("MultiScaleDeformableAttention"):
         found["published"] = Published.apply
-    if importlib.util.find_spec("torch_ms_deform_attn"):
-        found["torch-ms-deform-attn"] = importlib.import_module("torch_ms_deform_attn").ms_deform_attn
+    if torch_ms_deform_attn := imported("torch_ms_deform_attn"):
+        found["torch-ms-deform-attn"] = torch_ms_deform_attn.ms_deform_attn
     return found | dict(map(load, named))
 
 

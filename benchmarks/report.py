@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from pathlib import Path
 
 
@@ -25,6 +26,15 @@ def machine(device: str) -> dict[str, str]:
         found["gpu"] = torch.cuda.get_device_name()
         found["cuda"] = str(torch.version.cuda)
     return found
+
+
+def named_config(text: str) -> tuple[str, str, list[str]]:
+    """``[NAME=]CONFIG [key=value ...]`` as name, config and overrides; the name may have spaces."""
+    match = re.fullmatch(r"(?:(?P<name>[^=]*)=)?(?P<config>[^\s=]+)(?P<rest>(?:\s+\S+=\S+)*)", text.strip())
+    if match is None:
+        raise SystemExit(f"{text!r}: expected [NAME=]CONFIG [key=value ...]")
+    config, overrides = match["config"], match["rest"].split()
+    return match["name"] or " ".join([config.rsplit("/", 1)[-1], *overrides]), config, overrides
 
 
 def milliseconds(seconds: float) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import models, peers
+from benchmarks import models, ops, peers
 from benchmarks.report import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -193,3 +193,10 @@ def test_peers_detect(name, package):
     with torch.inference_mode():
         found = getattr(peers, name)().eval()(torch.rand(1, 3, 256, 256))
     assert found
+
+
+def test_a_peer_that_does_not_work_here_is_left_out(tmp_path, monkeypatch, capsys):
+    (tmp_path / "broken_peer.py").write_text("class Registry[T]: f'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert ops.imported("broken_peer") is None and ops.imported("no_such_peer") is None
+    assert "broken_peer is left out: SyntaxError" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """Collects what a machine without a package index lacks, and makes it importable there.
 
-python benchmarks/gpu/pack.py FOLDER                    collect from this environment, into FOLDER
+python benchmarks/gpu/pack.py FOLDER [OPTIONS]          collect from this environment, into FOLDER
 python benchmarks/gpu/pack.py --use FOLDER/site TARGET   link into TARGET what is not installed here
 
 Pure-Python packages are copied from this environment, so the copy is of versions that work together.
@@ -74,12 +74,30 @@ def pip(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "pip", "-q", *arguments], check=True)
 
 
-def collect(folder: Path) -> None:
+PHOTOS = ["train.json", "train", "val.json", "val", "backbone.npz"]
+
+
+def copy_photos(source: Path, target: Path) -> None:
+    """A data set in COCO's form and a backbone's weights, to train with there."""
+    target.mkdir(parents=True)
+    for name in PHOTOS:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name)
+        else:
+            shutil.copy(source / name, target / name)
+
+
+def collect(folder: Path, photos: Path | None, without: list[str]) -> None:
+    missing = [name for name in PHOTOS if photos is not None and not (photos / name).exists()]
+    if missing:
+        raise SystemExit(f"--photos {photos} has no {', '.join(missing)}")
     site, peers = folder / "site", folder / "peers"
     shutil.rmtree(folder, ignore_errors=True)
     site.mkdir(parents=True)
     peers.mkdir()
     for name, tops in PURE.items():
+        if name in without:
+            continue
         print(f"{name} {copy_distribution(name, tops, site)}")
     version = os.environ.get("PYTHON_VERSION", "3.12")
     with tempfile.TemporaryDirectory() as scratch:
@@ -117,6 +135,8 @@ def collect(folder: Path) -> None:
             print(f"{peer}, to build there")
         except subprocess.CalledProcessError:
             print(f"{peer}: could not be downloaded, the comparison goes without it")
+    if photos is not None:
+        copy_photos(photos, folder / "photos")
     size = sum(x.stat().st_size for x in folder.rglob("*") if x.is_file())
     print(f"{folder}: {size / 1e6:.1f} MB")
 
@@ -145,10 +165,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--use", action="store_true")
     parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--photos", type=Path, metavar="DIR", help=f"holds {', '.join(PHOTOS)}")
+    parser.add_argument("--without", nargs="+", default=[], metavar="NAME", choices=PURE)
     args = parser.parse_args()
     if args.use:
         return use(*args.folders)
-    collect(*args.folders)
+    collect(*args.folders, photos=args.photos, without=args.without)
     return 0
 
 

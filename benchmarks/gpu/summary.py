@@ -19,6 +19,7 @@ def main() -> None:
     results, target, dry = Path(sys.argv[2]), Path(sys.argv[3]), "--dry-run" in sys.argv
     stages = [line.split("\t") for line in Path(sys.argv[1]).read_text().splitlines()]
     names = ("machine", "micro", "targets", "op", "op_bf16", "model", "model_dino")
+    names += ("batch", "batch_dino", "compile")
     parts = {
         n: json.loads((results / f"{n}.json").read_text()) for n in names if (results / f"{n}.json").is_file()
     }

@@ -17,7 +17,7 @@ train = dict(
     early_stop=dict(patience=None),  # stop after so many evaluations without a new best
     # evaluate and keep a moving average of the weights; warmup in iterations
     model_ema=dict(enabled=False, decay=0.9997, warmup=2000),
-    # of a training with encoder.elastic: the share in which all images keep the highest ratio
+    # of a training with encoder.elastic: the share in which all images keep the middle ratio
     elastic_warmup=0.5,
     grad_accumulation=1,  # compute a batch in so many parts: less memory, same training
     eval_dtype="float32",  # precision of evaluations: "bfloat16"; "auto": where the hardware has it

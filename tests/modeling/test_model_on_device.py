@@ -10,6 +10,7 @@ import torch
 from ..kernels.test_device import gpu
 from .tiny import METHODS, reveal, sample, tiny_model
 
+
 @pytest.fixture(autouse=True)
 def no_short_mantissas(monkeypatch):
     """Convolutions of a GPU take tf32 unless told otherwise."""

@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 
 from sparse_detr.config import get_config
 
-
 METHODS = [  # one config of each
     "deformable_detr/deformable_detr_r50_50ep",
     "deformable_detr/deformable_detr_r50_two_stage_50ep",

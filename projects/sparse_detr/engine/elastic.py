@@ -7,7 +7,7 @@ from ..modeling import KeepRatios
 
 
 class ElasticWarmup(HookBase):
-    """All images take the highest keep ratio in the first ``share`` of a training, 0 to 1."""
+    """All images take the middle keep ratio in the first ``share`` of a training, 0 to 1."""
 
     def __init__(self, ratios: KeepRatios, share: float) -> None:
         if not 0 <= share <= 1:

@@ -4,7 +4,9 @@ The weights of a token-sparse encoder do not depend on its keep ratio, but train
 serve that ratio. Here the images of a training batch get different ones: half of them the highest,
 the others ratios from the whole range, as in the sandwich rule of universally slimmable networks (Yu
 and Huang, ICCV 2019). All pass through the backbone together. The first part of a training takes the
-highest ratio alone: the largest comes first, as in Once-for-All (Cai et al., ICLR 2020).
+middle ratio alone: that is the cheapest way to where a model serves the lower half of the range, and the
+highest ratio catches up later. The other order, largest first, as in Once-for-All (Cai et al., ICLR
+2020), measured worse (docs/elastic.md).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ class KeepRatios:
     """The keep ratios ``lowest`` to ``highest`` that a model is trained for, even in their logarithm.
 
     Attributes:
-        warming_up: all images take the highest; set by the trainer.
+        warming_up: all images take the middle of the range; set by the trainer.
     """
 
     lowest: float
@@ -45,7 +47,10 @@ class KeepRatios:
         Half of the images, in turn the larger and the smaller half, take the highest ratio; one ratio
         from each half of the range goes to the others.
         """
-        full = batch_size if self.warming_up else (batch_size + step % 2) // 2
+        if self.warming_up:
+            yield self.quantile(0.5), slice(0, batch_size)
+            return
+        full = (batch_size + step % 2) // 2
         if full:
             yield self.highest, slice(0, full)
         rest = batch_size - full
