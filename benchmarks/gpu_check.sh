@@ -8,6 +8,7 @@
 #                                       machine lacks (git ignores the folder: carry it along)
 #     --pack --photos FOLDER              and what the stage photos trains with: train.json, train/, val.json,
 #                                       val/ and backbone.npz, an ImageNet ResNet-50
+#     --pack --published OPS              and the published kernel: models/ops of Deformable DETR's repository
 #     --pack --without NAME ...           leaves out packages that are there
 #   --part PART                         stages of one part
 #   --only A,B  --skip A,B              stages, by name
@@ -117,13 +118,19 @@ run_model_tests() { # float64, float32, bfloat16 and float16; forward, losses, g
     tests/modeling/test_model_on_device.py tests/engine/test_trainer.py -k "$DEVICE or float16"
 }
 
-run_peers() { # each beside ours, never instead of it: a peer that does not build fails only here
-  ls .gpu_check/peers/*.tar.gz >/dev/null 2>&1 || skip 'no peers in .gpu_check/peers'
+run_peers() { # each beside ours, never instead of it: one that does not build is left out
+  local peers=.gpu_check/peers works=
+  ls $peers/* >/dev/null 2>&1 || skip "no peers in $peers"
   [ -n "$DRY" ] && skip 'built only where there is a GPU'
   export FORCE_CUDA=1 MAX_JOBS=${MAX_JOBS:-8}
+  if [ -z "${CUDA_HOME:-}" ] && [ -d /usr/local/cuda ]; then export CUDA_HOME=/usr/local/cuda; fi
+  "$PYTHON" benchmarks/gpu/published.py build $peers/published "$SCRATCH/site" || true
   "$PYTHON" -m pip install -q --no-index --no-deps --no-build-isolation --no-compile \
-    --target "$SCRATCH/site" .gpu_check/peers/*.tar.gz
-  "$PYTHON" -c 'import torch_ms_deform_attn as m; print("built", m.__name__, getattr(m, "__version__", ""))'
+    --target "$SCRATCH/site" $peers/*.tar.gz || true
+  for module in MultiScaleDeformableAttention torch_ms_deform_attn deformops.registry; do
+    if "$PYTHON" -c "import torch, $module"; then works="$works $module"; fi
+  done
+  echo "to compare with:${works:- none}"
 }
 
 sanitize() { # TOOL
@@ -226,7 +233,7 @@ stage tests 120
 stage model_tests 120
 stage targets 60
 stage micro 60
-stage peers 150
+stage peers 220
 stage op 100
 stage op_bf16 60
 stage model 180

@@ -73,3 +73,24 @@ def test_a_part_has_its_stages_and_its_folder(tmp_path):
 def test_an_unknown_flag_shows_the_usage():
     done = subprocess.run([SCRIPT, "--fast"], capture_output=True, text=True)
     assert done.returncode == 2 and "benchmarks/gpu_check.sh --dry-run" in done.stdout
+
+
+def test_the_published_kernel_is_packed_for_a_torch_of_today(tmp_path):
+    script = [sys.executable, ROOT / "benchmarks" / "gpu" / "published.py", "pack"]
+    ops, folder = tmp_path / "ops", tmp_path / "packed"
+    done = subprocess.run([*script, ops, folder], capture_output=True, text=True)
+    assert done.returncode and "expected models/ops of Deformable DETR's repository" in done.stderr
+    (ops / "src" / "cuda").mkdir(parents=True)
+    (ops / "src" / "vision.cpp").write_text("module\n")
+    (ops / "src" / "cuda" / "a.cu").write_text(
+        "#include <THC/THCAtomics.cuh>\n"
+        "AT_ASSERTM(value.type().is_cuda(), 1);\n"
+        "AT_DISPATCH_FLOATING_TYPES(value.type(), x.data<float>() * 2)\n"
+    )
+    subprocess.run([*script, ops, folder], check=True)
+    assert (folder / "vision.cpp").read_text() == "module\n"
+    assert (folder / "cuda" / "a.cu").read_text() == (
+        "#include <ATen/cuda/Atomic.cuh>\n"
+        "TORCH_CHECK(value.is_cuda(), 1);\n"
+        "AT_DISPATCH_FLOATING_TYPES(value.scalar_type(), x.data_ptr<float>() * 2)\n"
+    )

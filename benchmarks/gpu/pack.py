@@ -20,6 +20,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import published
+
 # Distribution: its top-level names.
 PURE = {
     "detectron2": ["detectron2"],
@@ -87,7 +89,7 @@ def copy_photos(source: Path, target: Path) -> None:
             shutil.copy(source / name, target / name)
 
 
-def collect(folder: Path, photos: Path | None, without: list[str]) -> None:
+def collect(folder: Path, photos: Path | None, ops: Path | None, without: list[str]) -> None:
     missing = [name for name in PHOTOS if photos is not None and not (photos / name).exists()]
     if missing:
         raise SystemExit(f"--photos {photos} has no {', '.join(missing)}")
@@ -135,6 +137,8 @@ def collect(folder: Path, photos: Path | None, without: list[str]) -> None:
             print(f"{peer}, to build there")
         except subprocess.CalledProcessError:
             print(f"{peer}: could not be downloaded, the comparison goes without it")
+    if ops is not None:
+        published.pack(ops, peers / "published")
     if photos is not None:
         copy_photos(photos, folder / "photos")
     size = sum(x.stat().st_size for x in folder.rglob("*") if x.is_file())
@@ -166,11 +170,14 @@ def main() -> int:
     parser.add_argument("--use", action="store_true")
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--photos", type=Path, metavar="DIR", help=f"holds {', '.join(PHOTOS)}")
+    parser.add_argument(
+        "--published", type=Path, metavar="OPS", help="models/ops of Deformable DETR's repository"
+    )
     parser.add_argument("--without", nargs="+", default=[], metavar="NAME", choices=PURE)
     args = parser.parse_args()
     if args.use:
         return use(*args.folders)
-    collect(*args.folders, photos=args.photos, without=args.without)
+    collect(*args.folders, photos=args.photos, ops=args.published, without=args.without)
     return 0
 
 
