@@ -144,7 +144,7 @@ def benchmark_models(args: argparse.Namespace) -> tuple[str, list[dict]]:
     if args.graph:
         contenders += _those_that_work(models.captured, eager, images[0])
     if args.compile:
-        contenders += [models.compiled(contender) for contender in eager]
+        contenders += _those_that_work(models.compiled, eager, images[0])
     if args.int8:
         contenders += [models.in_int8(contender, args.size) for contender in plain]
     contenders += [models.peer(text, args.device) for text in args.peer]

@@ -49,9 +49,13 @@ def ours(text: str, device: str) -> Contender:
     return Contender(
         name,
         model,
-        lambda image: model.detect(ImageList(image, [tuple(image.shape[-2:])] * image.shape[0])),
+        _detect(model),
         model.transformer.encoder,
     )
+
+
+def _detect(model: nn.Module) -> Callable[[Tensor], object]:
+    return lambda image: model.detect(ImageList(image, [tuple(image.shape[-2:])] * image.shape[0]))
 
 
 @contextlib.contextmanager
@@ -81,11 +85,19 @@ def in_precision(contender: Contender, precision: str) -> Contender:
     return Contender(f"{contender.name}, {short}", contender.model, detect, None, precision)
 
 
-def compiled(contender: Contender, **options: object) -> Contender:
-    """The same model through torch.compile, for the size that it meets first."""
-    detect = torch.compile(contender.detect, dynamic=False, **options)
+def compiled(contender: Contender, images: Tensor, **options: object) -> Contender:
+    """The same model through torch.compile, for batches of the shape of ``images``; compiled at once."""
+    torch._dynamo.config.recompile_limit = 64  # all contenders are compiled from the same lines
+    detect = torch.compile(_detect(contender.model), dynamic=False, fullgraph=True, **options)
+
+    def detect_in_precision(image: Tensor) -> object:
+        with computing_in(contender.precision, image.device):
+            return detect(image)
+
+    with torch.inference_mode():
+        detect_in_precision(images)
     name = f"{contender.name}, compiled"
-    return Contender(name, contender.model, detect, None, contender.precision, trains=False)
+    return Contender(name, contender.model, detect_in_precision, None, contender.precision, trains=False)
 
 
 def captured(contender: Contender, images: Tensor) -> Contender:

@@ -158,14 +158,17 @@ def test_constants_of_the_host_are_copied_once():
         assert torch.ones(2).to(torch.float64).sum() == 2  # stays on the host: none of them
 
 
-def test_a_compiled_model_is_the_same():
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_compiled_model_is_the_same(precision):
     plain = models.ours("quick/sparse_detr_shapes", "cpu")
+    if precision != "float32":
+        plain = models.in_precision(plain, precision)
     images = models.batches((64, 96), 2, "cpu")[0]
-    compiled = models.compiled(plain, backend="aot_eager")
+    compiled = models.compiled(plain, images, backend="aot_eager")
     with torch.inference_mode():
         expected, found = plain.detect(images), compiled.detect(images)
     torch.testing.assert_close(found.logits, expected.logits)
-    assert compiled.model is plain.model and not compiled.trains
+    assert compiled.model is plain.model and not compiled.trains and compiled.precision == precision
 
 
 def test_what_a_cpu_has_not_is_refused():
