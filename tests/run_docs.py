@@ -64,6 +64,7 @@ CHANGED = [
         "benchmarks/gpu_check.sh --dry-run --only machine,packages,op",
         "needs a GPU; all of the rehearsal: tests/test_gpu_check.py",
     ),
+    (r"^(python benchmarks/learning.py).*", r"\1 --help", "a dozen trainings: tests/test_learning.py"),
     (r"^(python benchmarks/cuda_report.py).*", r"\1 --help", "needs nvcc and minutes"),
     *needs("torchao", r"^(python tools/quantize.py).*", r"\1 --help"),
     *needs("torchao", r" --int8\b", ""),
