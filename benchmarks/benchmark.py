@@ -75,6 +75,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--rounds must be at least 2: a spread needs two")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no GPU")
+    if args.command == "model" and args.batch < 1:
+        parser.error("--batch must be at least 1")
     if args.command == "model" and args.device == "cpu" and (args.tf32 or args.graph):
         parser.error("--tf32, --graph: with --device cuda")
     if args.command == "model" and args.int8 and (args.device != "cpu" or args.train):

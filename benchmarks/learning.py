@@ -10,9 +10,11 @@
 
 Each run is train_net.py with train.seed and train.output_dir set, then tools/tradeoff.py, one image at a
 time: where the model has a keep ratio, at those asked for (else at that script's own). All models of one seed
-come before the next. JSON and table are written after each run; a run that the JSON holds is not repeated.
+come before the next. JSON and table are written after each run; a run that the JSON holds is not repeated,
+and one that was interrupted goes on (its seconds are then those of the rest).
 """
 
+import hashlib
 import json
 import re
 import resource
@@ -46,7 +48,7 @@ def script(name: str, *arguments: object) -> None:
 def learn(config: str, overrides: list[str], folder: Path, ratios: list[float]) -> dict:
     """Trains into ``folder``; seconds, and AP in percent at each keep ratio ("dense": without one)."""
     begin, before = time.perf_counter(), processor_seconds()
-    script("train_net.py", "--config-file", config, f"train.output_dir={folder}", *overrides)
+    script("train_net.py", "--resume", "--config-file", config, f"train.output_dir={folder}", *overrides)
     seconds = {"seconds": time.perf_counter() - begin, "processor_seconds": processor_seconds() - before}
     found = folder / "tradeoff.json"
     asked = ["--keep-ratio", *ratios] if ratios else []
@@ -86,13 +88,14 @@ def main() -> None:
     runs = json.loads(args.json.read_text())["runs"] if args.json.exists() else []
     for seed in args.seeds:
         for name, config, overrides in models:
-            what = {"name": name, "config": config, "overrides": [*args.common, *overrides], "seed": seed}
+            settings = [config, *args.common, *overrides, f"train.seed={seed}"]
+            what = {"name": name, "seed": seed, "settings": settings, "keep_ratio": args.keep_ratio}
             if any(what.items() <= run.items() for run in runs):
                 continue
-            folder = args.output / f"{re.sub('[^0-9A-Za-z.]+', '_', name)}_{seed}"
+            digest = hashlib.sha256(" ".join(settings).encode()).hexdigest()[:8]  # one folder, one run
+            folder = args.output / f"{re.sub('[^0-9A-Za-z.]+', '_', name)}_{seed}_{digest}"
             print(f"{name}, seed {seed}: {folder}", flush=True)
-            options = [*what["overrides"], f"train.seed={seed}"]
-            runs.append({**what, **learn(config, options, folder, args.keep_ratio)})
+            runs.append({**what, **learn(config, settings[1:], folder, args.keep_ratio)})
             args.json.parent.mkdir(parents=True, exist_ok=True)
             write_json(args.json, {"runs": runs})
             print(table(runs), flush=True)

@@ -168,7 +168,7 @@ def in_int8(contender: Contender, size: tuple[int, int]) -> Contender:
 
     def detect(image: Tensor) -> object:
         with mixed_precision(image.device, torch.bfloat16):
-            return model.detect(ImageList(image, [tuple(image.shape[-2:])]))
+            return _detect(model)(image)
 
     # Not as a detector, whose multiply-adds would be held against a rate of another precision.
     return Contender(f"{contender.name}, int8", nn.ModuleList([model]), detect, None, "bfloat16")
