@@ -12,6 +12,7 @@ from detectron2.config import instantiate
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sparse_detr import config
 from sparse_detr.analysis import analyze
@@ -116,6 +117,8 @@ def captured(contender: Contender, images: Tensor) -> Contender:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph), constants.again():
             output = contender.detect(static)
+        if constants.left:
+            raise RuntimeError("it did other operations the second time")
 
         def detect(image: Tensor) -> object:
             static.copy_(image)
@@ -134,28 +137,32 @@ def captured(contender: Contender, images: Tensor) -> Contender:
 
 class HostConstants(TorchDispatchMode):
     """Tensors that a model makes on the host and copies to the device: numbers that follow from an image's
-    size. Made once, and handed out again in the same order in ``again``: a CUDA graph would copy from the
+    size. Made once, and handed out for the same operations in ``again``: a CUDA graph would copy from the
     host's memory when that is somebody else's."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: list[Tensor] = []
-        self.next: Iterator[Tensor] | None = None
+        self.made: dict[int, tuple[object, Tensor]] = {}  # by the number of the operation
+        self.left: dict[int, tuple[object, Tensor]] = {}
+        self.number = 0
 
     def again(self) -> HostConstants:
-        self.next = iter(self.made)
+        self.left, self.number = dict(self.made), 0
         return self
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        there = kwargs.get("device")
-        copies = function is torch.ops.aten._to_copy.default and there is not None
-        if not copies or args[0].device.type != "cpu" or torch.device(there).type == "cpu":
-            return function(*args, **kwargs)
-        if self.next is not None:
-            return next(self.next)
-        self.made.append(function(*args, **kwargs))
-        return self.made[-1]
+        self.number += 1
+        if self.number in self.left:
+            same, result = self.left.pop(self.number)
+            if same is not function:
+                raise RuntimeError(f"operation {self.number} was {same}, now it is {function}")
+            return result
+        result = function(*args, **(kwargs or {}))
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if isinstance(result, Tensor) and inputs and result.device.type != "cpu":
+            if all(x.device.type == "cpu" for x in inputs):
+                self.made[self.number] = function, result
+        return result
 
 
 def in_int8(contender: Contender, size: tuple[int, int]) -> Contender:

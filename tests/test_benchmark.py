@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.structures import ImageList
 
 from benchmarks import models, ops, peers
 from benchmarks.report import write_json
+
+from .modeling.tiny import METHODS, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -141,21 +144,40 @@ def test_models_and_a_peer(tmp_path):
     assert memory["dense"] > 1e6 and memory["sparse"] > 1e6
 
 
-def test_constants_of_the_host_are_copied_once():
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_constants_of_the_host_are_copied_once(context):
     """What a CUDA graph needs, told with the meta device, to which copies are made as to a GPU."""
     x = torch.ones(3, device="meta")
 
     def work(width):
+        number = torch.ones(2).to(torch.float64).sum().item()  # stays on the host
+        assert number == 2
         return [x * torch.tensor([width] * 3).to(x.device), torch.zeros(2).to(x.device, non_blocking=True)]
 
     constants = models.HostConstants()
-    with constants:
-        first = work(1.0)[1]
-    with constants.again():
-        assert work(2.0)[1] is first
-    assert len(constants.made) == 2 and constants.made[0].shape == (3,)
-    with constants.again():
-        assert torch.ones(2).to(torch.float64).sum() == 2  # stays on the host: none of them
+    with context():
+        with constants:
+            first = work(1.0)[1]
+        with constants.again():
+            assert work(2.0)[1] is first
+        assert [x.shape for _, x in constants.made.values()] == [(3,), (2,)] and not constants.left
+        with pytest.raises(RuntimeError, match="operation .* was aten.* now it is"), constants.again():
+            for _ in range(20):
+                x.add(1)
+
+
+@pytest.mark.parametrize("config", [c for c in METHODS if "salience" not in c])  # whose NMS waits
+def test_a_second_pass_makes_the_same_constants_in_the_same_order(config):
+    """So a CUDA graph can be captured in it: told with the meta device."""
+    model = tiny_model(config).eval().to("meta")
+    images = ImageList(torch.empty(2, 3, 64, 96, device="meta"), [(64, 96)] * 2)
+    constants = models.HostConstants()
+    with torch.inference_mode():
+        with constants:
+            model.detect(images)
+        with constants.again():
+            model.detect(images)
+    assert constants.made and not constants.left
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
