@@ -4,9 +4,8 @@ The weights of a token-sparse encoder do not depend on its keep ratio, but train
 serve that ratio. Here the images of a training batch get different ones: half of them the highest,
 the others ratios from the whole range, as in the sandwich rule of universally slimmable networks (Yu
 and Huang, ICCV 2019). All pass through the backbone together. The first part of a training takes the
-middle ratio alone: that is the cheapest way to where a model serves the lower half of the range, and the
-highest ratio catches up later. The other order, largest first, as in Once-for-All (Cai et al., ICLR
-2020), measured worse (docs/elastic.md).
+middle ratio alone: less time and better models than the other order, largest first, as in Once-for-All
+(Cai et al., ICLR 2020); measured in docs/elastic.md.
 """
 
 from __future__ import annotations
