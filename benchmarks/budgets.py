@@ -11,9 +11,8 @@ all. No rule that reads the scores knows as much: what these do not win, it will
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "projects"), str(ROOT)]
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import _checkout
 import numpy as np
 from detectron2.config import instantiate
 from tabulate import tabulate
@@ -48,7 +47,7 @@ def wanted(images: list[dict], mean: float) -> dict[str, dict[int, float]]:
 
 
 def main() -> None:
-    parser = flags.parser(__doc__)
+    parser = _checkout.parser(__doc__)
     parser.add_argument("--run", required=True, metavar="DIR", help="output folder of a run")
     parser.add_argument("--mean", nargs="+", type=float, default=[0.1, 0.2], metavar="RATIO")
     flags.add_dtype(parser)
@@ -73,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _checkout.run(main)

@@ -9,16 +9,14 @@ starts with a predictor that knows nothing. `--cpu-time` counts the process's ow
 clock's: on a machine that others use, too, what a call takes is not the detector's alone.
 """
 
-import argparse
 import json
 import logging
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "projects"), str(ROOT)]
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import _checkout
 import numpy as np
 import torch
 from tabulate import tabulate
@@ -30,9 +28,7 @@ from sparse_detr.dial import PERCENTILE
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _checkout.parser(__doc__)
     parser.add_argument("--run", required=True, metavar="DIR", help="output folder of a run")
     parser.add_argument("--images", required=True, metavar="DIR", help="a folder of images")
     parser.add_argument("--count", type=int, default=200, help="calls per target (default: 200)")
@@ -96,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _checkout.run(main)

@@ -47,16 +47,19 @@ def ours(text: str, device: str) -> Contender:
     torch.manual_seed(0)
     model = instantiate(config.load_config(path, overrides).model).to(device).eval()
     pack_weights(model)  # as ``Predictor`` does; training runs unpacked
-    return Contender(
-        name,
-        model,
-        _detect(model),
-        model.transformer.encoder,
-    )
+    return Contender(name, model, _detect(model), model.transformer.encoder)
 
 
 def _detect(model: nn.Module) -> Callable[[Tensor], object]:
     return lambda image: model.detect(ImageList(image, [tuple(image.shape[-2:])] * image.shape[0]))
+
+
+def _computed_in(precision: str, detect: Callable[[Tensor], object]) -> Callable[[Tensor], object]:
+    def computed(image: Tensor) -> object:
+        with computing_in(precision, image.device):
+            return detect(image)
+
+    return computed
 
 
 @contextlib.contextmanager
@@ -77,28 +80,20 @@ def computing_in(precision: str, device: torch.device) -> Iterator[None]:
 
 def in_precision(contender: Contender, precision: str) -> Contender:
     """The same model, computed in ``precision``."""
-
-    def detect(image: Tensor) -> object:
-        with computing_in(precision, image.device):
-            return contender.detect(image)
-
+    detect = _computed_in(precision, contender.detect)
     short = precision.replace("bfloat16", "bf16")
     return Contender(f"{contender.name}, {short}", contender.model, detect, None, precision)
 
 
 def compiled(contender: Contender, images: Tensor, **options: object) -> Contender:
     """The same model through torch.compile, for batches of the shape of ``images``; compiled at once."""
-    torch._dynamo.config.recompile_limit = 64  # all contenders are compiled from the same lines
-    detect = torch.compile(_detect(contender.model), dynamic=False, fullgraph=True, **options)
-
-    def detect_in_precision(image: Tensor) -> object:
-        with computing_in(contender.precision, image.device):
-            return detect(image)
-
+    torch._dynamo.config.cache_size_limit = 64  # all contenders are compiled from the same lines
+    whole = torch.compile(_detect(contender.model), dynamic=False, fullgraph=True, **options)
+    detect = _computed_in(contender.precision, whole)
     with torch.inference_mode():
-        detect_in_precision(images)
+        detect(images)
     name = f"{contender.name}, compiled"
-    return Contender(name, contender.model, detect_in_precision, None, contender.precision, trains=False)
+    return Contender(name, contender.model, detect, None, contender.precision, trains=False)
 
 
 def captured(contender: Contender, images: Tensor) -> Contender:
@@ -172,11 +167,7 @@ def in_int8(contender: Contender, size: tuple[int, int]) -> Contender:
     assert isinstance(contender.model, SetDetector)
     pixels = torch.rand(3, *size, generator=torch.Generator().manual_seed(0)) * 255
     model = with_int8(contender.model, quantize(contender.model, [[{"image": pixels}]]))
-
-    def detect(image: Tensor) -> object:
-        with mixed_precision(image.device, torch.bfloat16):
-            return _detect(model)(image)
-
+    detect = _computed_in("bfloat16", _detect(model))
     # Not as a detector, whose multiply-adds would be held against a rate of another precision.
     return Contender(f"{contender.name}, int8", nn.ModuleList([model]), detect, None, "bfloat16")
 

@@ -203,7 +203,7 @@ def peers(named: list[str]) -> dict[str, Callable]:
     found = {}
     if deformops := imported("deformops.registry"):
         found["deformops"] = deformops.msda
-    if importlib.util.find_spec("MultiScaleDeformableAttention"):
+    if imported("MultiScaleDeformableAttention"):
         found["published"] = Published.apply
     if torch_ms_deform_attn := imported("torch_ms_deform_attn"):
         found["torch-ms-deform-attn"] = torch_ms_deform_attn.ms_deform_attn

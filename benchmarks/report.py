@@ -1,4 +1,4 @@
-"""What measurements are reported with: the machine, tables, and JSON with a record per line."""
+"""What measurements are named and reported with: configs, the machine, tables, JSON of a line per record."""
 
 from __future__ import annotations
 

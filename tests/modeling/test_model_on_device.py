@@ -89,9 +89,11 @@ def test_mixed_precision(config, device, dtype, scale, made):
 
 
 @devices
-@pytest.mark.parametrize("config", [c for c in METHODS if tiny_model(c).transformer.denoising is not None])
+@pytest.mark.parametrize("config", [c for c in METHODS if "deformable" not in c and "sparse" not in c])
 def test_denoising(config, device):
-    losses, gradients = step(model_of(config), device, torch.float32)
+    model = model_of(config)
+    assert model.transformer.denoising is not None
+    losses, gradients = step(model, device, torch.float32)
     assert any("dn" in name for name in losses) and all(g.isfinite().all() for g in gradients.values())
 
 

@@ -3,19 +3,10 @@
 import pytest
 import torch
 
-from .tiny import sample, tiny_model
+from .tiny import METHODS, sample, tiny_model
 
-CONFIGS = (
-    "deformable_detr/deformable_detr_r50_50ep",
-    "deformable_detr/deformable_detr_r50_two_stage_50ep",
-    "dino/dino_r50_4scale_12ep",
-    "h_deformable_detr/h_deformable_detr_r50_12ep",
-    "sparse_detr/sparse_detr_r50_30_50ep",
-    "focus_detr/focus_detr_r50_4scale_12ep",
-    "salience_detr/salience_detr_r50_4scale_12ep",
-    "lite_detr/lite_dino_r50_h3l1_2p1x3_36ep",
-    "rt_detr/hybrid_dino_r50_4scale_12ep",
-)
+# RT-DETR as published has batch norms in its neck, which cannot train on a single cell.
+CONFIGS = [config for config in METHODS if config != "rt_detr/rt_detr_r50_72ep"]
 ODD = {
     "fewer tokens than queries": [(5, 7, 2)],
     "one pixel": [(1, 1, 1)],

@@ -15,11 +15,12 @@ METHODS = [  # one config of each
     "deformable_detr/deformable_detr_r50_two_stage_50ep",
     "dino/dino_r50_4scale_12ep",
     "h_deformable_detr/h_deformable_detr_r50_12ep",
-    "sparse_detr/sparse_detr_r50_10_50ep",
+    "sparse_detr/sparse_detr_r50_30_50ep",
     "focus_detr/focus_detr_r50_4scale_12ep",
-    "lite_detr/lite_dino_r50_h3l1_2p1x3_36ep",
     "salience_detr/salience_detr_r50_4scale_12ep",
+    "lite_detr/lite_dino_r50_h3l1_2p1x3_36ep",
     "rt_detr/rt_detr_r50_72ep",
+    "rt_detr/hybrid_dino_r50_4scale_12ep",
 ]
 
 
